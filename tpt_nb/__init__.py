@@ -1,0 +1,15 @@
+"""Helpers behind the notebooks on test-time adaptation (TTA) of CLIP.
+
+Two stages, because the image encoder is frozen in every method::
+
+    image --augmenter--> views [V,3,H,W] --image encoder--> features [V,D]     stage 1: encode, cached
+    class names --prompts(ctx)--> text features [C,D]
+    features, text features --> logits [V,C] --method--> prediction            stage 2: adapt
+
+Rooms: ``clip`` (models), ``prompts`` (learnable context), ``views`` (augmenters), ``losses``, ``adapt``
+(methods), ``datasets`` (with ``iconshift``, the embedded benchmark), ``encode`` (stage 1 and its cache),
+``experiment`` (runs and records), ``metrics``, ``figures``. Importing this package loads none of them, sets
+no seed and touches no network.
+"""
+
+__version__ = "0.1.0"
