@@ -141,16 +141,17 @@ class Clip:
         size = self.image_size
         if views.ndim != 4 or tuple(views.shape[1:]) != (3, size, size):
             raise ValueError(
-                f"encode_views got shape {list(views.shape)}, but {self.name} takes [V,3,{size},{size}]; "
-                "let the augmenter make views of clip.image_size."
+                f"encode_views got shape {list(views.shape)}, but {self.name} takes "
+                f"[V,3,{size},{size}]; let the augmenter make views of clip.image_size."
             )
         if views.dtype != torch.uint8:
             if not views.is_floating_point():
                 raise ValueError(f"encode_views takes uint8 or float views, not {views.dtype}.")
             if len(views) and (views.min() < -1e-3 or views.max() > 1 + 1e-3):
                 raise ValueError(
-                    f"float views must lie in [0,1], these span [{views.min():.3g}, {views.max():.3g}]; "
-                    "hand over uint8 0..255 or divide by 255, and leave the normalisation to encode_views."
+                    f"float views must lie in [0,1], these span "
+                    f"[{views.min():.3g}, {views.max():.3g}]; hand over uint8 0..255 or divide by "
+                    "255, and leave the normalisation to encode_views."
                 )
 
 
@@ -179,7 +180,7 @@ def text_tower(model: nn.Module) -> nn.Module:
 
 
 def run_text_tower(tower: nn.Module, x: Tensor, eot: Tensor) -> Tensor:
-    """Embeddings with positions ``[N,L,d]`` and end-of-text rows ``[N]`` -> ``[N,D]``, not normalised."""
+    """Embeddings with positions ``[N,L,d]``, end-of-text rows ``[N]`` -> ``[N,D]``, any norm."""
     length = x.shape[1]
     x = tower.transformer(x, attn_mask=tower.attn_mask[:length, :length])
     x = x[torch.arange(len(x), device=x.device), eot.to(x.device)]
@@ -271,7 +272,7 @@ def load_mini(path: str | Path = MINI_PATH, device: str | torch.device | None = 
 
 
 def restore_causal_mask(model: nn.Module) -> None:
-    """The causal mask is a buffer that no state dict holds, so a model built on ``meta`` lacks its values."""
+    """Fill in the mask, which no state dict holds and a model built on ``meta`` lacks."""
     length = model.context_length
     model.attn_mask = torch.full((length, length), float("-inf")).triu_(1)
 
@@ -306,24 +307,23 @@ def load(name: str = "mini", device: str | torch.device | None = None) -> Clip:
     """
     if name == "mini":
         return load_mini(device=device)
-    if name in OPENAI_MODELS or name.replace("-", "/", 2).replace("/", "-", 1) in OPENAI_MODELS:
-        return _load_open_clip(
-            name, name.replace("/", "-").replace("@336px", "-336"), "openai", device
-        )
+    openai = {known: known.replace("/", "-").replace("@336px", "-336") for known in OPENAI_MODELS}
+    if name in openai or name in openai.values():
+        return _load_open_clip(name, openai.get(name, name), "openai", device)
     if Path(name).is_file():
         return _load_file(Path(name), device)
     architecture, _, tag = name.partition("@")
     if tag and architecture in open_clip.list_models():
         return _load_open_clip(name, architecture, tag, device)
     raise ValueError(
-        f"unknown model {name!r}. Known: mini, {', '.join(OPENAI_MODELS)}, 'model@tag' with a pair of "
-        "open_clip.list_pretrained(), or the path of a checkpoint file"
+        f"unknown model {name!r}. Known: mini, {', '.join(OPENAI_MODELS)}, "
+        "'model@tag' with a pair of open_clip.list_pretrained(), or the path of a checkpoint file"
         + (f" (there is no file {name})." if Path(name).suffix else ".")
     )
 
 
 def _load_open_clip(name: str, architecture: str, tag: str, device) -> Clip:
-    """Through open_clip.create_model, with the activation that the pretrained tag was trained with."""
+    """Through open_clip, with the activation that the pretrained tag was trained with."""
     known = open_clip.list_pretrained_tags_by_model(architecture)
     if tag not in known and not Path(tag).is_file():
         raise ValueError(
@@ -336,8 +336,8 @@ def _load_open_clip(name: str, architecture: str, tag: str, device) -> Clip:
         )
     except (RuntimeError, OSError) as error:
         raise RuntimeError(
-            f"could not load the weights of {name!r}: {error}. They are downloaded once; without a network use "
-            "'mini', or pass the path of a checkpoint that you have."
+            f"could not load the weights of {name!r}: {error}. They are downloaded once; "
+            "without a network use 'mini', or pass the path of a checkpoint that you have."
         ) from error
     return wrap(model, name, device=device, tokenizer=open_clip.get_tokenizer(architecture))
 
@@ -364,8 +364,8 @@ def _load_file(path: Path, device) -> Clip:
         model.load_state_dict(state)  # again: the builder rounds float32 weights to float16
     except (KeyError, RuntimeError, AssertionError) as error:
         raise ValueError(
-            f"{path} is not a checkpoint of the OpenAI family ({type(error).__name__}: {error}); for another "
-            "architecture name it: 'ViT-B-32@" + str(path) + "'."
+            f"{path} is not a checkpoint of the OpenAI family ({type(error).__name__}: {error}); "
+            f"for another architecture name it, as in 'ViT-B-32@{path}'."
         ) from error
     return wrap(model, path.name, device=device)
 
@@ -419,7 +419,7 @@ def weights_fingerprint(model: nn.Module) -> str:
 def _checked_tokenizer(
     base, name: str, seen_tokens: Tensor | None
 ) -> Callable[[list[str]], Tensor]:
-    """``base`` with warnings: a sentence that is cut at 77 tokens; a token that training never saw."""
+    """``base`` with warnings: a text cut at 77 tokens, a token that training never saw."""
     seen = None if seen_tokens is None else {int(i) for i in seen_tokens}
     warned: set[int] = set()
 
@@ -431,7 +431,8 @@ def _checked_tokenizer(
             for i in full.nonzero().flatten().tolist():
                 if len(base.encode(texts[i])) + 2 > tokens.shape[1]:
                     warnings.warn(
-                        f"a text is longer than {tokens.shape[1]} tokens and was cut: {texts[i][:60]!r}...",
+                        f"a text is longer than {tokens.shape[1]} tokens and was cut: "
+                        f"{texts[i][:60]!r}...",
                         stacklevel=2,
                     )
         if seen is not None:
@@ -443,8 +444,8 @@ def _checked_tokenizer(
                     warned.add(token)
                     word = base.decode([token]).strip()
                     warnings.warn(
-                        f"the token {word!r} ({token}) was not in the training captions of {name}: its embedding "
-                        "is zero and the prompt means less than it says.",
+                        f"the token {word!r} ({token}) was not in the training captions of "
+                        f"{name}: its embedding is zero and the prompt means less than it says.",
                         stacklevel=2,
                     )
         return tokens
