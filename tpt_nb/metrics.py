@@ -1,0 +1,276 @@
+"""Numbers from records: accuracy, entropy, calibration, intervals and paired tests.
+
+A record is one image of a run (see ``experiment``); every function here takes a list of such dicts
+or a ``pandas.DataFrame`` of them, and returns plain Python numbers, tuples, dicts or a
+``DataFrame``. "before" is the prediction with the initial prompt on the un-augmented image, "after"
+that of the adapted one. Fractions are in [0, 1], entropies and cross-entropies in nats. Intervals
+are 95 % unless ``level`` says otherwise.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import pandas as pd
+
+Records = Iterable[Mapping] | pd.DataFrame
+
+NEEDED = ["id", "target", "pred_before", "pred_after"]
+WHEN = ("before", "after")
+
+
+def frame(records: Records) -> pd.DataFrame:
+    """The records as a table, checked.
+
+    Raises ``ValueError`` if there are none, if a needed column is missing, or if an image is there
+    twice.
+    """
+    table = records if isinstance(records, pd.DataFrame) else pd.DataFrame(list(records))
+    if not len(table):
+        raise ValueError("no records: there is nothing to measure")
+    missing = [name for name in NEEDED if name not in table]
+    if missing:
+        raise ValueError(f"records lack {', '.join(missing)}; they have {', '.join(table.columns)}")
+    twice = table["id"][table["id"].duplicated()]
+    if len(twice):
+        raise ValueError(f"{len(twice)} image ids are there twice, for example {twice.iloc[0]!r}")
+    return table
+
+
+def correct(records: Records, when: str = "after") -> np.ndarray:
+    """bool [N]: was the prediction right? ``when`` is "before" or "after"."""
+    table = frame(records)
+    return (table[f"pred_{_when(when)}"] == table["target"]).to_numpy()
+
+
+def accuracy(records: Records, when: str = "after") -> float:
+    """Top-1 accuracy as a fraction."""
+    return float(correct(records, when).mean())
+
+
+def top5(records: Records, when: str = "after") -> float:
+    """Fraction of images whose class is among the five most probable ones."""
+    return float(_column(records, "top5", when).mean())
+
+
+def mean_entropy(records: Records, when: str = "after") -> float:
+    """Mean entropy (nats) of the predicted distributions."""
+    return float(_column(records, "entropy", when).mean())
+
+
+def cross_entropy(records: Records, when: str = "after") -> float:
+    """Mean negative log-probability of the true class (nats).
+
+    A probability that was written as 0 counts as 1e-45 (float32's smallest number), so that one
+    hopeless image does not make the mean infinite.
+    """
+    return float(_negative_log(_column(records, "prob_target", when)).mean())
+
+
+def ece(records: Records, when: str = "after", bins: int = 15) -> float:
+    """Expected calibration error: the mean over images of |accuracy - mean confidence| of the
+    image's bin.
+
+    ``bins`` equal-width bins (i/bins, (i+1)/bins] over the confidence, the largest predicted
+    probability; an empty bin counts nothing. 15 bins as in Guo et al., "On Calibration of Modern
+    Neural Networks", ICML 2017; C-TPT uses 20.
+    """
+    if bins < 1:
+        raise ValueError(f"bins must be at least 1, got {bins}")
+    confidence = _column(records, "conf", when)
+    right = correct(records, when)
+    place = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    gap = np.bincount(place, weights=right - confidence, minlength=bins)
+    return float(np.abs(gap).sum() / len(confidence))
+
+
+def changes(records: Records) -> dict[str, int]:
+    """How many images adaptation turned from wrong to right (improved) and from right to wrong
+    (worsened)."""
+    before, after = correct(records, "before"), correct(records, "after")
+    return {"improved": int((~before & after).sum()), "worsened": int((before & ~after).sum())}
+
+
+def per_class(records: Records, classnames: list[str] | None = None) -> pd.DataFrame:
+    """One row per class that has images: n, accuracy_before, accuracy_after, improved, worsened
+    (index: target)."""
+    table = frame(records)
+    before, after = correct(table, "before"), correct(table, "after")
+    flags = pd.DataFrame(
+        {
+            "n": 1,
+            "accuracy_before": before,
+            "accuracy_after": after,
+            "improved": ~before & after,
+            "worsened": before & ~after,
+        }
+    )
+    groups = flags.groupby(table["target"].to_numpy())
+    rows = groups.sum().astype(int)
+    for when in WHEN:
+        rows[f"accuracy_{when}"] = rows[f"accuracy_{when}"] / rows["n"]
+    rows.index.name = "target"
+    if classnames is not None:
+        rows.insert(0, "class", [classnames[i] for i in rows.index])
+    return rows
+
+
+def wilson(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
+    """Wilson score interval of a proportion (Wilson 1927): honest near 0 and 1 and for small n."""
+    if n < 1 or not 0 <= successes <= n:
+        raise ValueError(f"need 0 <= successes <= n and n >= 1, got {successes} of {n}")
+    z = _z(level)
+    p = successes / n
+    centre = p + z * z / (2 * n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    # the formula is exactly 0 and 1 at the ends; rounding is not
+    low = 0.0 if successes == 0 else (centre - half) / scale
+    high = 1.0 if successes == n else (centre + half) / scale
+    return low, high
+
+
+def mcnemar(improved: int, worsened: int) -> float:
+    """Two-sided p-value of McNemar's paired test, exact (binomial) at every count.
+
+    Under "no difference" each image on which the two disagree is a fair coin. No such image: p = 1.
+    """
+    if improved < 0 or worsened < 0:
+        raise ValueError(f"counts cannot be negative: {improved}, {worsened}")
+    if improved + worsened == 0:
+        return 1.0
+    from scipy.stats import binomtest
+
+    return float(binomtest(improved, improved + worsened, 0.5).pvalue)
+
+
+def gain_interval(improved: int, worsened: int, n: int, level: float = 0.95) -> tuple[float, float]:
+    """Interval of the paired difference of two accuracies on the same n images, (improved -
+    worsened) / n.
+
+    The adjusted Wald interval of Bonett and Price (2012): one image is added to each kind of
+    disagreement, which keeps the coverage when few images change.
+    """
+    if n < 1 or improved < 0 or worsened < 0 or improved + worsened > n:
+        raise ValueError(f"need improved + worsened <= n, got {improved}, {worsened} of {n}")
+    up, down = (improved + 1) / (n + 2), (worsened + 1) / (n + 2)
+    half = _z(level) * math.sqrt((up + down - (up - down) ** 2) / (n + 2))
+    return max(-1.0, up - down - half), min(1.0, up - down + half)
+
+
+def bootstrap_difference(
+    a, b, resamples: int = 10_000, seed: int = 0, level: float = 0.95
+) -> tuple[float, float]:
+    """Percentile interval of mean(b) - mean(a) when the same images are drawn again with
+    replacement.
+
+    ``a`` and ``b``: [N] values of two runs (right or wrong, cross-entropy, ...), image by image in
+    the same order.
+    """
+    difference = np.asarray(b, float) - np.asarray(a, float)
+    n = len(difference)
+    if n == 0:
+        raise ValueError("no pairs to resample")
+    rng = np.random.default_rng(seed)
+    chunk = max(1, 4_000_000 // n)  # bounds the memory
+    means = np.concatenate(
+        [
+            difference[rng.integers(0, n, (min(chunk, resamples - start), n))].mean(1)
+            for start in range(0, resamples, chunk)
+        ]
+    )
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def summarize(records: Records, bins: int = 15) -> dict:
+    """Every number of one run: the keys that end in ``_before`` and ``_after``, intervals, changes,
+    the paired test.
+
+    Columns beyond the predictions (confidence, entropy ...) are used where the records have them.
+    """
+    table = frame(records)
+    n = len(table)
+    out: dict = {"n": n}
+    for when in WHEN:
+        hits = int(correct(table, when).sum())
+        out[f"accuracy_{when}"] = hits / n
+        out[f"accuracy_{when}_ci95"] = list(wilson(hits, n))
+        for name, column, measure in (
+            ("top5", "top5", top5),
+            ("entropy", "entropy", mean_entropy),
+            ("cross_entropy", "prob_target", cross_entropy),
+            ("ece", "conf", lambda t, w: ece(t, w, bins)),
+        ):
+            if f"{column}_{when}" in table:
+                out[f"{name}_{when}"] = measure(table, when)
+    out.update(changes(table))
+    improved, worsened = out["improved"], out["worsened"]
+    out["gain"] = (improved - worsened) / n
+    out["gain_ci95"] = list(gain_interval(improved, worsened, n))
+    out["p_value"] = mcnemar(improved, worsened)
+    return out
+
+
+def compare(records_a: Records, records_b: Records, resamples: int = 10_000, seed: int = 0) -> dict:
+    """Run b against run a, image by image ("after" of both), over the images that both have.
+
+    Returns n (pairs), only_a and only_b (images without a partner), accuracies with Wilson
+    intervals, improved (wrong in a, right in b), worsened, gain = b - a with its paired interval
+    and its bootstrap interval, McNemar's p_value. Raises ``ValueError`` if no image is in both or
+    if an image has different targets.
+    """
+    pairs = frame(records_a).merge(frame(records_b), on="id", suffixes=("_a", "_b"))
+    n, n_a, n_b = len(pairs), len(frame(records_a)), len(frame(records_b))
+    if n == 0:
+        raise ValueError("the two runs share no image id: they are runs over different images")
+    other = pairs[pairs["target_a"] != pairs["target_b"]]
+    if len(other):
+        raise ValueError(
+            f"{len(other)} images have another target in each run, for example "
+            f"{other['id'].iloc[0]!r}: the runs do not use the same data set"
+        )
+    a = (pairs["pred_after_a"] == pairs["target_a"]).to_numpy()
+    b = (pairs["pred_after_b"] == pairs["target_b"]).to_numpy()
+    improved, worsened = int((~a & b).sum()), int((a & ~b).sum())
+    return {
+        "n": n,
+        "only_a": n_a - n,
+        "only_b": n_b - n,
+        "accuracy_a": float(a.mean()),
+        "accuracy_a_ci95": list(wilson(int(a.sum()), n)),
+        "accuracy_b": float(b.mean()),
+        "accuracy_b_ci95": list(wilson(int(b.sum()), n)),
+        "improved": improved,
+        "worsened": worsened,
+        "gain": (improved - worsened) / n,
+        "gain_ci95": list(gain_interval(improved, worsened, n)),
+        "gain_bootstrap95": list(bootstrap_difference(a, b, resamples, seed)),
+        "p_value": mcnemar(improved, worsened),
+    }
+
+
+def _column(records: Records, name: str, when: str) -> np.ndarray:
+    table = frame(records)
+    column = f"{name}_{_when(when)}"
+    if column not in table:
+        raise ValueError(f"records have no {column!r}; they have {', '.join(table.columns)}")
+    return table[column].to_numpy(float)
+
+
+def _when(when: str) -> str:
+    if when not in WHEN:
+        raise ValueError(f"when must be 'before' or 'after', got {when!r}")
+    return when
+
+
+def _negative_log(probability: np.ndarray) -> np.ndarray:
+    return -np.log(np.maximum(probability, 1e-45))
+
+
+def _z(level: float) -> float:
+    if not 0 < level < 1:
+        raise ValueError(f"level must be between 0 and 1, got {level}")
+    from statistics import NormalDist
+
+    return NormalDist().inv_cdf((1 + level) / 2)
