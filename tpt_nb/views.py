@@ -1,0 +1,255 @@
+"""Augmenters: one image -> V views.
+
+An augmenter is a picklable callable ``augmenter(image: PIL.Image, seed: int) -> Tensor [V,3,S,S]``
+with ``n_views``, ``size`` and ``spec()``, a JSON-able description of everything its pixels depend
+on (part of the key of the feature cache). View 0 is always the un-augmented image: shorter side
+resized to S (bicubic), centre crop. Views are uint8, or float32 in [0,1] where mixing makes them
+non-integer; normalisation with the model's mean and std is the encoder's business. The memory
+layout is channels_last, which is what numpy gives and what the encoder wants: use ``reshape``, not
+``view``, on them.
+
+Views are drawn from ``(seed, image id)`` through :func:`view_seed` alone: neither the order of the
+images nor the number of worker processes matters, and torch's and numpy's global generators are
+left as they were.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+BILINEAR, BICUBIC = Image.Resampling.BILINEAR, Image.Resampling.BICUBIC
+# torchvision's RandomResizedCrop defaults, which TPT keeps.
+CROP_AREA, CROP_RATIO, CROP_TRIES = (0.08, 1.0), (3 / 4, 4 / 3), 10
+
+
+def view_seed(seed: int, image_id: str) -> int:
+    """Seed of one image's views: a stable hash (not Python's salted ``hash``), in [0, 2**63)."""
+    digest = hashlib.blake2b(f"{int(seed)}\0{image_id}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def center_view(image: Image.Image, size: int) -> Image.Image:
+    """View 0: shorter side to `size` (bicubic), centre crop; the same pixels as torchvision's."""
+    width, height = image.size
+    short, long = min(width, height), int(size * max(width, height) / min(width, height))
+    shape = (size, long) if width == short else (long, size)
+    left, top = (int(round((side - size) / 2)) for side in shape)
+    return image.resize(shape, BICUBIC).crop((left, top, left + size, top + size))
+
+
+def crop_boxes(width: int, height: int, uniforms: np.ndarray) -> np.ndarray:
+    """Boxes (x, y, w, h), int [n,4], of torchvision's RandomResizedCrop from uniforms [n,10,4].
+
+    Area uniform in 8-100 % of the image, log aspect ratio uniform between 3/4 and 4/3; the first
+    of ten draws that fits inside the image counts, else the largest centred box of an allowed
+    ratio.
+    """
+    area = width * height * (CROP_AREA[0] + (CROP_AREA[1] - CROP_AREA[0]) * uniforms[..., 0])
+    low, high = np.log(CROP_RATIO)
+    ratio = np.exp(low + (high - low) * uniforms[..., 1])
+    w = np.rint(np.sqrt(area * ratio)).astype(np.int64)
+    h = np.rint(np.sqrt(area / ratio)).astype(np.int64)
+    fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
+    first = fits.argmax(axis=1)[:, None]
+    drawn = (w, h, uniforms[..., 2], uniforms[..., 3])
+    w, h, y, x = (np.take_along_axis(values, first, 1)[:, 0] for values in drawn)
+    x, y = np.floor(x * (width - w + 1)), np.floor(y * (height - h + 1))
+    boxes = np.stack([x, y, w, h], axis=1).astype(np.int64)
+    if not fits.any(axis=1).all():
+        w, h = width, height
+        if width / height < CROP_RATIO[0]:
+            h = int(round(width / CROP_RATIO[0]))
+        elif width / height > CROP_RATIO[1]:
+            w = int(round(height * CROP_RATIO[1]))
+        boxes[~fits.any(axis=1)] = ((width - w) // 2, (height - h) // 2, w, h)
+    return boxes
+
+
+def _affine(image: Image.Image, *matrix: float) -> Image.Image:
+    return image.transform(image.size, Image.Transform.AFFINE, matrix, resample=BILINEAR)
+
+
+# TPT's nine operations (Google's AugMix without those that overlap with ImageNet-C's corruptions):
+# name -> f(image, level, sign), level uniform in [0.1, severity] out of 10, sign +1 or -1.
+AUGMIX_OPS: dict[str, Callable[[Image.Image, float, int], Image.Image]] = {
+    "autocontrast": lambda im, level, sign: ImageOps.autocontrast(im),
+    "equalize": lambda im, level, sign: ImageOps.equalize(im),
+    "posterize": lambda im, level, sign: ImageOps.posterize(im, 4 - int(level * 4 / 10)),
+    "rotate": lambda im, level, sign: im.rotate(sign * int(level * 30 / 10), resample=BILINEAR),
+    "solarize": lambda im, level, sign: ImageOps.solarize(im, 256 - int(level * 256 / 10)),
+    "shear_x": lambda im, level, sign: _affine(im, 1, sign * level * 0.3 / 10, 0, 0, 1, 0),
+    "shear_y": lambda im, level, sign: _affine(im, 1, 0, 0, sign * level * 0.3 / 10, 1, 0),
+    "translate_x": lambda im, level, sign: _affine(
+        im, 1, 0, sign * int(level * (im.width / 3) / 10), 0, 1, 0
+    ),
+    "translate_y": lambda im, level, sign: _affine(
+        im, 1, 0, 0, 0, 1, sign * int(level * (im.height / 3) / 10)
+    ),
+}
+
+
+def tpt_augmix(image: Image.Image, rng: np.random.Generator, severity: int) -> np.ndarray:
+    """AugMix as TPT codes it: float32 [S,S,3] in 0..255 (Hendrycks et al. 2020, images only).
+
+    ``m * image + (1-m) * sum_k w_k * chain_k(image)``; w ~ Dirichlet(1,1,1), m ~ Beta(1,1), chains
+    of one to three operations. TPT mixes normalised tensors; the weights add up to one and
+    normalisation is affine, so mixing before it gives the same view (up to rounding).
+    """
+    w, m = rng.dirichlet([1.0, 1.0, 1.0]), rng.beta(1.0, 1.0)
+    names = list(AUGMIX_OPS)
+    mix = np.float32(m) * np.asarray(image, np.float32)
+    for weight in w:
+        chain = image
+        for _ in range(rng.integers(1, 4)):
+            op = AUGMIX_OPS[names[rng.integers(len(names))]]
+            chain = op(chain, rng.uniform(0.1, severity), 1 if rng.random() < 0.5 else -1)
+        mix += np.float32((1 - m) * weight) * np.asarray(chain, np.float32)
+    return mix
+
+
+def _torchvision_augmix(image: Image.Image, rng: np.random.Generator, severity: int) -> np.ndarray:
+    """torchvision's AugMix (13 operations, colour too) on the uint8 tensor: uint8 [S,S,3]."""
+    from torchvision.transforms import AugMix
+
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    return AugMix(severity=severity)(pixels).permute(1, 2, 0).numpy()
+
+
+def _autoaugment(image: Image.Image, rng: np.random.Generator, severity: int) -> np.ndarray:
+    """torchvision's AutoAugment (ImageNet policy) blended with the crop, float32 [S,S,3].
+
+    ``m * crop + (1-m) * auto``, m ~ Beta(1,1).
+    """
+    from torchvision.transforms.v2 import AutoAugment
+
+    m = np.float32(rng.beta(1.0, 1.0))
+    auto = np.asarray(AutoAugment()(image), np.float32)
+    return m * np.asarray(image, np.float32) + (1 - m) * auto
+
+
+@dataclass(frozen=True)
+class RandomViews:
+    """TPT's view generator: the image and `n_aug` random resized crops, half of them flipped.
+
+    Crops are taken from the full-resolution image (area 8-100 %, ratio 3/4-4/3, bilinear), as in
+    TPT. With neither `augmix` nor `autoaugment` this is also the "PreAugment" of some course
+    projects. View k does not depend on `n_aug`: fewer views are a prefix of more.
+
+    Args:
+        n_aug: number of augmented views; V = n_aug + 1.
+        augmix: apply AugMix to the crops: `augmix_ops` "tpt" (9 PIL operations, real-valued mix) or
+            "torchvision" (13 operations). TPT has it off for ImageNet and its variants.
+        severity: AugMix severity, 1 to 10 (TPT: 1).
+        autoaugment: blend each crop with its AutoAugment (ImageNet policy); excludes `augmix`.
+        size: side of the views in pixels.
+    """
+
+    n_aug: int = 63
+    augmix: bool = False
+    severity: int = 1
+    autoaugment: bool = False
+    size: int = 224
+    augmix_ops: str = "tpt"
+
+    VERSION = (
+        1  # raise it when the pixels change: cached features of the old version are then not used
+    )
+
+    def __post_init__(self) -> None:
+        if self.n_aug < 0 or self.n_aug != int(self.n_aug):
+            raise ValueError(f"n_aug is {self.n_aug!r}; it must be a whole number, 0 or more")
+        if self.size < 1 or self.size != int(self.size):
+            raise ValueError(f"size is {self.size!r}; it must be whole pixels, 1 or more")
+        if not 1 <= self.severity <= 10 or self.severity != int(self.severity):
+            raise ValueError(f"severity is {self.severity!r}; it must be whole, from 1 to 10")
+        if self.augmix_ops not in ("tpt", "torchvision"):
+            raise ValueError(
+                f"augmix_ops is {self.augmix_ops!r}; it must be 'tpt' or 'torchvision'"
+            )
+        if self.augmix and self.autoaugment:
+            raise ValueError("augmix and autoaugment are both on; choose one of them")
+
+    @property
+    def n_views(self) -> int:
+        return self.n_aug + 1
+
+    def spec(self) -> dict:
+        """What the pixels depend on, and nothing else (no severity where there is no AugMix)."""
+        spec = {
+            "class": "RandomViews",
+            "version": self.VERSION,
+            "n_aug": self.n_aug,
+            "size": self.size,
+        }
+        if self.augmix:
+            spec |= {"augmix": self.augmix_ops, "severity": self.severity}
+        if self.autoaugment:
+            spec |= {"autoaugment": "imagenet"}
+        return spec
+
+    def __call__(self, image: Image.Image, seed: int) -> Tensor:
+        """Views [V,3,size,size] of a PIL image: uint8; float32 in [0,1] for real-valued mixes."""
+        image = image if image.mode == "RGB" else image.convert("RGB")
+        size = self.size
+        # One block of uniforms for all crops, row k for view k: fast, and a prefix for a smaller
+        # n_aug.
+        uniforms = np.random.default_rng(seed).random((self.n_aug, 4 * CROP_TRIES + 1))
+        boxes = crop_boxes(*image.size, uniforms[:, :-1].reshape(self.n_aug, CROP_TRIES, 4))
+        flips = uniforms[:, -1] < 0.5
+        mix, is_float = self._mixer()
+        pixels = np.empty((self.n_views, size, size, 3), np.float32 if is_float else np.uint8)
+        pixels[0] = np.asarray(center_view(image, size))
+        torch_state = torch.get_rng_state()
+        for k, (x, y, w, h) in enumerate(boxes.tolist(), start=1):
+            # crop, then resize: resize(box=...) would let pixels outside the box bleed into the
+            # border and so differ from torchvision's RandomResizedCrop.
+            crop = image.crop((x, y, x + w, y + h)).resize((size, size), BILINEAR)
+            crop = ImageOps.mirror(crop) if flips[k - 1] else crop
+            if mix is None:
+                pixels[k] = np.asarray(crop)
+            else:
+                rng = np.random.default_rng([seed, k])
+                # torchvision's mixes draw from torch's global generator. Seed the CPU one only, so
+                # that worker processes stay away from CUDA.
+                torch.default_generator.manual_seed(int(rng.integers(2**63)))
+                pixels[k] = mix(crop, rng, self.severity)
+        torch.set_rng_state(torch_state)
+        if is_float:
+            np.clip(pixels / np.float32(255), 0, 1, out=pixels)
+        return torch.from_numpy(pixels).permute(0, 3, 1, 2)
+
+    def _mixer(self) -> tuple[Callable | None, bool]:
+        """The function applied to each crop, and whether its pixels are real numbers."""
+        if self.autoaugment:
+            return _autoaugment, True
+        if self.augmix:
+            return (tpt_augmix, True) if self.augmix_ops == "tpt" else (_torchvision_augmix, False)
+        return None, False
+
+
+AUGMENTERS: dict[str, Callable] = {
+    "random": RandomViews,
+    "AugmenterTPT": RandomViews,  # the name in the study that this course follows
+}
+
+
+def make_augmenter(name: str, size: int, **params) -> RandomViews:
+    """Augmenter by name ("random", alias "AugmenterTPT") for views of `size` pixels.
+
+    Raises:
+        ValueError: unknown name (lists the known ones) or parameter (lists the known ones).
+    """
+    if name not in AUGMENTERS:
+        raise ValueError(f"unknown augmenter {name!r}; known: {', '.join(sorted(AUGMENTERS))}")
+    known = [f for f in AUGMENTERS[name].__dataclass_fields__ if f != "size"]
+    unknown = sorted(set(params) - set(known))
+    if unknown:
+        raise ValueError(
+            f"augmenter {name!r} has no parameter {unknown}; it has {', '.join(known)}"
+        )
+    return AUGMENTERS[name](size=size, **params)
