@@ -1,0 +1,373 @@
+"""Stage 1: images -> views -> features, once, with a cache on disk.
+
+The cache is a folder per key, ``<cache>/features/<key>/``. The key hashes everything that the
+features depend on (images, model, augmenter, seed; see :func:`cache_key`) and nothing else: it
+does not know which images are asked for, so a run on 50 images reuses what a run on 20 left
+behind, and the other way round. ``manifest.json`` spells the key out. Each shard is a safetensors
+file that lists its image ids and a checksum; it is written under a temporary name and renamed, so
+a file with a shard's name is complete. There is no index to fall out of step: killed at any
+moment, the next run finds the finished shards and encodes the rest. Two processes on one key do
+some work twice and harm nothing.
+
+Why the features do not depend on what was cached: in float32 the last bits of a feature depend on
+the batch it was computed in. So every image is encoded as a batch of its own, its V views,
+whatever the shard, the subset or the point of a resume. (On CUDA this also needs deterministic
+kernels to hold to the last bit.)
+"""
+
+import errno
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import time
+import warnings
+import zlib
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from tpt_nb.paths import cache_dir
+from tpt_nb.views import view_seed
+
+FORMAT = 1  # raise it when shards change: older caches are then not used
+STALE_SECONDS = 3600
+
+
+@dataclass
+class Features:
+    """Features of the decodable images of a data set, in the data set's order.
+
+    ``features`` [N,V,D] float32 unit norm (view 0 the un-augmented image), ``targets`` [N] long,
+    ``ids`` the N image ids; ``failed`` has a dict (id, path, error) per image that could not be
+    decoded. ``seconds`` is what encoding these N images took, whenever it was done, so that
+    seconds / N does not depend on the state of the cache; ``encoded`` counts the images encoded by
+    this call.
+    """
+
+    features: Tensor
+    targets: Tensor
+    ids: list[str]
+    failed: list[dict]
+    seconds: float
+    encoded: int
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def batches(self, size: int) -> Iterator[tuple[list[str], Tensor, Tensor]]:
+        """Yield (ids, features [B,V,D], targets [B]) for consecutive groups of `size` images."""
+        for i in range(0, len(self), size):
+            part = slice(i, i + size)
+            yield self.ids[part], self.features[part], self.targets[part]
+
+
+def encode(
+    dataset,
+    clip,
+    augmenter,
+    seed: int = 0,
+    cache: Path | str | bool | None = None,
+    workers: int | None = None,
+    shard: int = 64,
+    progress: bool = True,
+) -> Features:
+    """Features of all views of all images of a data set, from the cache where they are there.
+
+    Args:
+        dataset: map-style, of (PIL image, target), with ``name``, ``fingerprint`` (of the images,
+        not of the
+            choice among them), ``ids`` (unique) and, if there are files, ``paths``. If it has
+            ``targets`` these count; otherwise targets are cached and ``classnames`` belongs to the
+            key.
+        clip: has ``encode_views(views [V,3,S,S]) -> [V,D]``, ``image_size`` and ``fingerprint``.
+        augmenter: see :mod:`tpt_nb.views`.
+        seed: of the views; image i gets ``view_seed(seed, ids[i])``.
+        cache: folder; None for the usual one (:func:`tpt_nb.paths.cache_dir`), False for no cache.
+        workers: processes that load images and make views; None picks. No effect on the result.
+        shard: images per cache file, at most. A kill costs no more than this many.
+        progress: tqdm bar with images/s and time left (never with ``TQDM_DISABLE=1``).
+
+    Raises:
+        ValueError: view size and model do not fit, ids not unique, no image could be decoded.
+        OSError: the disk is full; the finished shards stay and the next call goes on from there.
+
+    An image that cannot be decoded is recorded in ``failed`` with its path, and tried again next
+    time.
+    """
+    ids = list(dataset.ids)
+    _check(dataset, ids, clip, augmenter, shard)
+    folder = None
+    if cache is not False:
+        folder = _open_folder(Path(cache or cache_dir()), cache_key(dataset, clip, augmenter, seed))
+    store = _Store(ids)
+    for record in _read_shards(folder, store.position):
+        store.put(**record)
+    missing = [i for i, there in enumerate(store.there) if not there]
+    failed, buffer, encoded = [], [], 0
+    with _bar(len(ids), len(missing), dataset.name, progress) as bar:
+        start = time.perf_counter()
+        try:
+            for i, views, target, error in _load(dataset, augmenter, seed, missing, clip, workers):
+                if error is None:
+                    with torch.no_grad():
+                        row = clip.encode_views(views).to("cpu", torch.float32)
+                    now = time.perf_counter()
+                    store.put(i, row, target, now - start)
+                    start, encoded = now, encoded + 1
+                    buffer.append(i)
+                else:
+                    paths = getattr(dataset, "paths", None)
+                    path = str(paths[i]) if paths is not None else ids[i]
+                    failed.append({"id": ids[i], "path": path, "error": error})
+                    bar.set_postfix(failed=len(failed))
+                if len(buffer) == shard:
+                    full, buffer = buffer, []
+                    _write_shard(folder, store, full)
+                bar.update()
+        finally:  # also when a notebook cell is stopped: what is encoded is kept
+            if buffer:
+                _write_shard(folder, store, buffer)
+
+    good = [i for i, there in enumerate(store.there) if there]
+    if failed:
+        first = f"{failed[0]['path']}: {failed[0]['error']}"
+        if not good:
+            raise ValueError(f"none of the {len(ids)} images could be decoded; the first: {first}")
+        warnings.warn(f"{len(failed)} of {len(ids)} images failed, first {first}", stacklevel=2)
+    targets = getattr(dataset, "targets", None)
+    targets = store.targets if targets is None else torch.as_tensor(targets)
+    return Features(
+        features=store.features[good] if failed else store.features,
+        targets=targets[good].long(),
+        ids=[ids[i] for i in good],
+        failed=failed,
+        seconds=float(store.seconds.sum()),
+        encoded=encoded,
+    )
+
+
+class _Store:
+    """Features, targets and seconds of the images, row i for image i, filled in any order."""
+
+    def __init__(self, ids: list[str]):
+        self.ids, self.position = ids, {image_id: i for i, image_id in enumerate(ids)}
+        self.there = [False] * len(ids)
+        self.features = torch.empty(0)
+        self.targets = torch.full((len(ids),), -1)
+        self.seconds = torch.zeros(len(ids), dtype=torch.float64)
+
+    def put(self, i: int, features: Tensor, target: int, seconds: float) -> None:
+        if not self.features.numel():
+            self.features = torch.empty(len(self.ids), *features.shape)
+        self.features[i], self.targets[i], self.seconds[i] = features, target, seconds
+        self.there[i] = True
+
+
+def cache_key(dataset, clip, augmenter, seed: int) -> dict:
+    """Everything that the features (and the cached targets) depend on, as a JSON-able dict."""
+    key = {
+        "format": FORMAT,
+        "dataset": {"name": dataset.name, "fingerprint": dataset.fingerprint},
+        "model": {"name": getattr(clip, "name", ""), "fingerprint": clip.fingerprint},
+        "augmenter": augmenter.spec(),
+        "seed": int(seed),
+    }
+    key["model"]["image_size"] = clip.image_size
+    # half precision on CUDA, and double() for tests, give other numbers than float32
+    key["model"]["device"] = torch.device(getattr(clip, "device", "cpu")).type
+    if isinstance(getattr(clip, "model", None), torch.nn.Module):
+        key["model"]["dtype"] = str(next(clip.model.parameters()).dtype)
+    if getattr(dataset, "targets", None) is None:
+        key["dataset"]["classnames"] = list(dataset.classnames)
+    return key
+
+
+def _check(dataset, ids: list[str], clip, augmenter, shard: int) -> None:
+    if not ids or len(ids) != len(dataset):
+        raise ValueError(
+            f"the data set has {len(dataset)} images and {len(ids)} ids; need one id each"
+        )
+    if len(set(ids)) != len(ids):
+        twice = next(i for k, i in enumerate(ids) if i in set(ids[:k]))
+        raise ValueError(f"image ids must be unique; {twice!r} appears more than once")
+    size = getattr(augmenter, "size", clip.image_size)
+    if size != clip.image_size:
+        raise ValueError(
+            f"the augmenter makes views of {size} px but the model takes {clip.image_size} px; "
+            f"pass size={clip.image_size} to the augmenter"
+        )
+    if shard < 1:
+        raise ValueError(f"shard is {shard}; it must be 1 image or more")
+
+
+# -- loading ---------------------------------------------------------------------------------
+
+
+class _Views(Dataset):
+    """(index, views, target, error) per image; picklable, so that any kind of worker can run it."""
+
+    def __init__(self, dataset, augmenter, seed: int):
+        self.dataset, self.augmenter, self.seed = dataset, augmenter, seed
+        self.ids = dataset.ids
+
+    def __getitem__(self, i: int) -> tuple[int, Tensor | None, int, str | None]:
+        try:
+            image, target = self.dataset[i]
+            image = image.convert("RGB")  # PIL decodes here, not when it opens the file
+        except Exception as error:
+            return i, None, -1, f"{type(error).__name__}: {error}"
+        # An error of the augmenter is a bug, not a damaged image: it surfaces.
+        return i, self.augmenter(image, view_seed(self.seed, self.ids[i])), int(target), None
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+
+def _load(dataset, augmenter, seed: int, indices: list[int], clip, workers: int | None) -> Iterator:
+    if workers is None:
+        workers = _auto_workers(len(indices), clip, augmenter)
+    return iter(
+        DataLoader(
+            _Views(dataset, augmenter, seed),
+            sampler=indices,
+            batch_size=None,
+            num_workers=workers if indices else 0,
+            # a generator of its own: DataLoader would draw from (and so change) the global one
+            generator=torch.Generator(),
+        )
+    )
+
+
+def _auto_workers(n: int, clip, augmenter) -> int:
+    """On two cores the encoder itself keeps both busy; a GPU waits for the views."""
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+    cuda = torch.device(getattr(clip, "device", "cpu")).type == "cuda"
+    workers = min(8, cores - 1) if cuda else int(cores > 2)
+    if n < 32:  # not worth starting processes
+        return 0
+    with suppress(OSError, AttributeError):
+        # Views travel through shared memory, which a container may have little of; a worker that
+        # runs out of it dies of a bus error. Three sets of float views per worker are under way at
+        # most.
+        room = shutil.disk_usage("/dev/shm").free
+        workers = min(workers, room // (3 * 4 * augmenter.n_views * 3 * clip.image_size**2))
+    return max(0, workers)
+
+
+def _bar(total: int, missing: int, name: str, progress: bool) -> tqdm:
+    off = {} if progress and missing else {"disable": True}  # unset, TQDM_DISABLE decides
+    return tqdm(total=total, initial=total - missing, desc=f"encode {name}", unit="image", **off)
+
+
+# -- the cache -------------------------------------------------------------------------------
+
+
+def _open_folder(cache: Path, key: dict) -> Path:
+    text = json.dumps(key, sort_keys=True, indent=1)
+    folder = cache / "features" / hashlib.sha256(text.encode()).hexdigest()[:20]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for stale in folder.glob(".tmp-*"):  # left by a kill; a young one may be another process's
+            with suppress(OSError):
+                if time.time() - stale.stat().st_mtime > STALE_SECONDS:
+                    stale.unlink()
+        manifest = folder / "manifest.json"
+        if not manifest.exists() or manifest.read_text() != text:
+            _write_atomically(manifest, text.encode())
+    except OSError as error:
+        raise _explain(error, folder) from error
+    return folder
+
+
+def _write_shard(folder: Path | None, store: _Store, chosen: list[int]) -> None:
+    if folder is None:
+        return
+    names = ("features", "targets", "seconds")
+    tensors = {name: getattr(store, name)[chosen] for name in names}
+    ids = [store.ids[i] for i in chosen]
+    about = {"ids": ids, "crc32": _crc32(ids, tensors)}
+    # Serialised in memory and written by Python: a full disk is then an OSError with its errno.
+    data = safetensors.torch.save(tensors, metadata={"shard": json.dumps(about)})
+    # Named by its images: whoever encodes the same images writes the same features to this name.
+    name = hashlib.sha256("\0".join(ids).encode()).hexdigest()[:16]
+    try:
+        _write_atomically(folder / f"{name}.safetensors", data)
+    except OSError as error:
+        raise _explain(error, folder) from error
+
+
+def _write_atomically(path: Path, data: bytes) -> None:
+    temporary = path.parent / f".tmp-{os.getpid()}-{secrets.token_hex(4)}"
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _explain(error: OSError, folder: Path) -> OSError:
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return OSError(
+            error.errno, f"cannot write the feature cache: {error.strerror}", str(folder)
+        )
+    kept = len(list(folder.glob("*.safetensors"))) if folder.is_dir() else 0
+    return OSError(
+        error.errno,
+        f"the disk is full while caching features; the {kept} finished shards are kept. Make room "
+        "or set TPT_NB_CACHE to a larger disk, then run again: it goes on from there",
+        str(folder),
+    )
+
+
+def _crc32(ids: list[str], tensors: dict[str, Tensor]) -> int:
+    crc = zlib.crc32("\0".join(ids).encode())
+    for name in ("features", "targets", "seconds"):
+        crc = zlib.crc32(tensors[name].contiguous().numpy(), crc)
+    return crc
+
+
+def _read_shards(folder: Path | None, wanted: dict[str, int]) -> Iterator[dict]:
+    """What the shards hold of the wanted images. A damaged shard is dropped, with a warning."""
+    for path in sorted(folder.glob("*.safetensors")) if folder else ():
+        try:
+            with safetensors.safe_open(path, framework="pt") as file:
+                about = json.loads(file.metadata()["shard"])
+                if not any(image_id in wanted for image_id in about["ids"]):
+                    continue
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            if _crc32(about["ids"], tensors) != about["crc32"]:
+                raise ValueError("the checksum does not match")
+        except FileNotFoundError:  # another process dropped it
+            continue
+        except Exception as error:
+            why = f"{type(error).__name__}: {error}"
+            warnings.warn(
+                f"damaged cache shard {path} ({why}); its images are encoded again", stacklevel=3
+            )
+            with suppress(OSError):
+                path.unlink()
+            continue
+        for k, image_id in enumerate(about["ids"]):
+            if image_id in wanted:
+                yield {
+                    "i": wanted[image_id],
+                    "features": tensors["features"][k],
+                    "target": int(tensors["targets"][k]),
+                    "seconds": float(tensors["seconds"][k]),
+                }
