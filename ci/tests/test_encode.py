@@ -332,12 +332,11 @@ def test_full_disk_keeps_the_finished_shards_and_says_so(tmp_path, monkeypatch):
 
     monkeypatch.setattr(encode_module.secrets, "token_hex", token)
     follow = {"xb": "wb"}  # "xb" would refuse the link
-    monkeypatch.setattr(
-        encode_module,
-        "open",
-        lambda path, mode: Path(path).open(follow[mode]),
-        raising=False,  # noqa: SIM115
-    )
+
+    def opened(path, mode):
+        return Path(path).open(follow[mode])
+
+    monkeypatch.setattr(encode_module, "open", opened, raising=False)
     with pytest.raises(
         OSError, match="disk is full.*2 finished shards are kept.*TPT_NB_CACHE"
     ) as e:
