@@ -183,6 +183,8 @@ def cache_key(dataset, clip, augmenter, seed: int) -> dict:
         "seed": int(seed),
     }
     key["model"]["image_size"] = clip.image_size
+    for statistic in ("mean", "std"):
+        key["model"][statistic] = [float(x) for x in getattr(clip, statistic, ())]
     # half precision on CUDA, and double() for tests, give other numbers than float32
     key["model"]["device"] = torch.device(getattr(clip, "device", "cpu")).type
     if isinstance(getattr(clip, "model", None), torch.nn.Module):
