@@ -1,8 +1,8 @@
 """Every plot of the notebooks: one style, safe for colour-blind readers, PNG with alt text.
 
-``setup()`` once per notebook; each plotting function returns a ``Figure``; ``show(fig, alt)`` stores
-it in the notebook. Colours are those of Okabe and Ito (2008), fields are drawn in cividis, and line
-style or marker tells lines apart where colour does.
+``setup()`` once per notebook; each plotting function returns a ``Figure``, and ``show(fig, alt)``
+stores it in the notebook. Colours are those of Okabe and Ito (2008), fields are drawn in cividis,
+and line style or marker tells lines apart where colour does.
 """
 
 import base64
@@ -71,22 +71,30 @@ def to_png(fig: Figure) -> bytes:
     return buffer.getvalue()
 
 
+def bundle(fig: Figure, alt: str) -> tuple[dict, dict]:
+    """A figure as (data, metadata) of a notebook output: PNG and its alt text; closes it.
+
+    Raises:
+        ValueError: no alt text.
+    """
+    alt = " ".join(alt.split())
+    if not alt:
+        raise ValueError("a figure needs alt text: say what it shows.")
+    data = {"image/png": base64.b64encode(to_png(fig)).decode(), "text/plain": f"[figure] {alt}"}
+    plt.close(fig)
+    return data, {"image/png": {"alt": alt}}
+
+
 def show(fig: Figure, alt: str) -> None:
     """Display a figure as PNG with its alt text in the metadata of the output, and close it.
 
     Args:
         alt: what the picture shows, for a reader who cannot see it; nbconvert writes it to HTML.
-    Raises:
-        ValueError: no alt text.
     """
     from IPython.display import display
 
-    if not alt.strip():
-        raise ValueError("show() needs alt text: say what the figure shows.")
-    alt = " ".join(alt.split())
-    data = {"image/png": base64.b64encode(to_png(fig)).decode(), "text/plain": f"[figure] {alt}"}
-    plt.close(fig)
-    display(data, raw=True, metadata={"image/png": {"alt": alt}})
+    data, metadata = bundle(fig, alt)
+    display(data, raw=True, metadata=metadata)
 
 
 def image_grid(
@@ -143,3 +151,150 @@ def _pixels(image) -> np.ndarray:
     if hasattr(image, "detach"):
         image = image.detach().cpu().permute(1, 2, 0).numpy()
     return np.asarray(image)
+
+
+def matrices(
+    panels: dict[str, np.ndarray],
+    rows: Sequence[str] | None = None,
+    columns: Sequence[str] | None = None,
+    row_label: str = "",
+    column_label: str = "",
+    label: str = "",
+    number: str = "",
+    limits: tuple[float, float] | None = None,
+    colours: str = "cividis",
+    title: str = "",
+    size: float | None = None,
+) -> Figure:
+    """Matrices side by side on one colour scale; NaN is left white.
+
+    Args:
+        panels: title -> ``[R,K]``, all with the same rows and columns.
+        rows, columns: names of the rows and columns.
+        row_label, column_label: of the axes.
+        label: of the colour bar, with the unit.
+        number: format of the number in each cell (``".1f"``); empty for none.
+        limits: ends of the colour scale; default: those of the values.
+        colours: ``cividis``, or ``PuOr`` for signed values.
+        size: inches of height; default: square cells that fill the page width.
+    """
+    values = [np.asarray(v, float) for v in panels.values()]
+    low, high = limits or (min(map(np.nanmin, values)), max(map(np.nanmax, values)))
+    n_rows, n_columns = values[0].shape
+    height = size or min(WIDTH / len(values) * n_rows / n_columns + 0.7, 6.0)
+    fig, axes = plt.subplots(1, len(values), figsize=(WIDTH, height), squeeze=False)
+    scale = plt.Normalize(low, high)
+    for axis, name, value in zip(axes[0], panels, values, strict=True):
+        image = axis.imshow(value, norm=scale, cmap=colours, aspect="auto" if size else "equal")
+        axis.set_title(name)
+        axis.spines[:].set_visible(False)
+        axis.tick_params(length=0)
+        axis.set_xticks(range(n_columns), columns or [""] * n_columns)
+        axis.set_yticks(range(n_rows), (rows if axis is axes[0, 0] else None) or [""] * n_rows)
+        if columns and max(map(len, columns)) * n_columns * len(values) > 70:
+            plt.setp(axis.get_xticklabels(), rotation=45, ha="right", rotation_mode="anchor")
+        axis.set_xlabel(column_label)
+        if number:
+            _write_numbers(axis, value, number, image)
+    axes[0, 0].set_ylabel(row_label)
+    fig.colorbar(image, ax=axes[0].tolist(), label=label, shrink=0.8, pad=0.02)
+    if title:
+        fig.suptitle(title, x=0.01, ha="left", fontsize=10)
+    return fig
+
+
+def _write_numbers(axis, value: np.ndarray, number: str, image) -> None:
+    """Each value into its cell, black or white, whichever can be read on its colour."""
+    for (i, j), v in np.ndenumerate(value):
+        if np.isfinite(v):
+            red, green, blue, _ = image.cmap(image.norm(v))
+            light = 0.299 * red + 0.587 * green + 0.114 * blue
+            ink = "black" if light > 0.55 else "white"
+            axis.text(j, i, f"{v:{number}}", ha="center", va="center", fontsize=8, color=ink)
+
+
+def intervals(
+    groups: Sequence[str],
+    series: dict[str, Sequence[tuple[float, float, float]]],
+    label: str = "accuracy (%)",
+    title: str = "",
+    limits: tuple[float, float] | None = None,
+    reference: float | None = None,
+    numbers: bool | None = None,
+) -> Figure:
+    """Values with intervals as dots and lines: one row per group, one mark per series.
+
+    Args:
+        groups: names of the rows.
+        series: name -> (value, low, high) per group.
+        label: of the value axis, with the unit.
+        limits: of the value axis.
+        reference: where a thin vertical line stands (chance, no gain).
+        numbers: write each value beside its mark; default: if there is one series only.
+    """
+    for name, values in series.items():
+        if len(values) != len(groups):
+            raise ValueError(f"series {name!r} has {len(values)} values for {len(groups)} groups.")
+    k = len(series)
+    numbers = k == 1 if numbers is None else numbers
+    height = 0.75 + len(groups) * max(0.34, 0.2 * k) + (0.25 if k > 1 else 0)
+    fig, axis = plt.subplots(figsize=(WIDTH, height))
+    cycle = plt.rcParams["axes.prop_cycle"].by_key()["color"]
+    for s, (name, values) in enumerate(series.items()):
+        value, low, high = np.asarray(values, float).T
+        y = np.arange(len(groups)) + (s - (k - 1) / 2) * min(0.22, 0.8 / k)
+        style = {"color": cycle[s % len(cycle)], "marker": MARKERS[s % len(MARKERS)]}
+        error = np.maximum([value - low, high - value], 0)
+        axis.errorbar(value, y, xerr=error, linestyle="", elinewidth=1.5, label=name, **style)
+        for x, right, at in zip(value, high, y, strict=True) if numbers else ():
+            axis.annotate(f"{x:.1f}", (right, at), (4, 0), textcoords="offset points", va="center")
+    if reference is not None:
+        axis.axvline(reference, color=GREY, linewidth=1, zorder=0)
+    axis.set_yticks(range(len(groups)), groups)
+    axis.set_ylim(len(groups) - 0.5, -0.5)
+    axis.grid(axis="x")
+    axis.tick_params(axis="y", length=0)
+    axis.set_xlabel(label)
+    if limits:
+        axis.set_xlim(*limits)
+    if k > 1:
+        fig.legend(loc="outside lower center", ncols=min(k, 4))
+    axis.set_title(title)
+    return fig
+
+
+def prediction(
+    image,
+    classnames: Sequence[str],
+    probs: Sequence[float],
+    target: int | None = None,
+    top: int = 6,
+    title: str = "",
+) -> Figure:
+    """An image beside its most probable classes; the true class is marked by colour and word.
+
+    Args:
+        probs: ``[C]`` probabilities.
+        target: the true class, if it is known; shown even if it is not among the ``top`` ones.
+    """
+    probs = np.asarray(probs, float)
+    order = np.argsort(-probs, kind="stable")[:top].tolist()
+    if target is not None and target not in order:
+        order[-1] = target
+    fig, (left, right) = plt.subplots(
+        1, 2, figsize=(WIDTH, 2.4), gridspec_kw={"width_ratios": [1, 1.9]}
+    )
+    left.imshow(_pixels(image))
+    left.axis("off")
+    colours = [COLOURS["blue"] if c == target else GREY for c in order]
+    right.barh(range(len(order)), 100 * probs[order], color=colours)
+    names = [f"{classnames[c]} (true)" if c == target else classnames[c] for c in order]
+    right.set_yticks(range(len(order)), names)
+    right.invert_yaxis()
+    right.set_xlim(0, 118)
+    for i, c in enumerate(order):
+        right.text(100 * probs[c] + 1.5, i, f"{100 * probs[c]:.1f}", va="center", fontsize=8)
+    right.set_xticks([0, 25, 50, 75, 100])
+    right.set_xlabel("probability (%)")
+    right.set_title(title)
+    return fig

@@ -1,0 +1,161 @@
+"""Figures: stored as PNG with alt text, of bounded size, with the values that were handed over."""
+
+import base64
+import io
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+matplotlib.use("Agg")
+from tpt_nb import figures, widgets  # noqa: E402
+
+# Machado et al. 2009, full deuteranopia and protanopia, on linear RGB
+BLINDNESS = {
+    "deuteranopia": [[0.367, 0.861, -0.228], [0.280, 0.673, 0.047], [-0.012, 0.043, 0.969]],
+    "protanopia": [[0.152, 1.053, -0.205], [0.115, 0.786, 0.099], [-0.004, -0.048, 1.052]],
+}
+
+
+@pytest.fixture(autouse=True)
+def style():
+    figures.setup()
+    yield
+    plt.close("all")
+
+
+@pytest.fixture
+def displayed(monkeypatch):
+    """What is displayed: a list of (data, metadata)."""
+    outputs = []
+
+    class Handle:
+        def update(self, data, metadata, raw):
+            outputs.append((data, metadata))
+
+    def display(data, raw=False, metadata=None, display_id=None):
+        outputs.append((data, metadata))
+        return Handle()
+
+    monkeypatch.setattr("IPython.display.display", display)
+    return outputs
+
+
+def scene(seed: int, side: int = 64) -> Image.Image:
+    pixels = np.random.default_rng(seed).integers(0, 256, (side, side, 3), np.uint8)
+    return Image.fromarray(pixels)
+
+
+def test_show_stores_a_png_and_its_alt_text_and_closes_the_figure(displayed):
+    fig = figures.image_grid([scene(i) for i in range(5)])
+    figures.show(fig, "five\n   scenes")
+    (data, metadata), *rest = displayed
+    assert not rest and metadata == {"image/png": {"alt": "five scenes"}}
+    image = Image.open(io.BytesIO(base64.b64decode(data["image/png"])))
+    assert image.format == "PNG" and image.width <= figures.WIDTH * 110 + 1
+    assert not plt.get_fignums()
+
+
+def test_a_figure_without_alt_text_is_refused(displayed):
+    with pytest.raises(ValueError, match="alt text"):
+        figures.show(figures.image_grid([scene(0)]), " \n")
+    assert not displayed
+
+
+def test_photographs_are_stored_with_few_colours_and_lines_as_they_are():
+    heavy = figures.to_png(figures.image_grid([scene(i, 200) for i in range(8)]))
+    assert Image.open(io.BytesIO(heavy)).mode == "P"
+    fig, axis = plt.subplots()
+    axis.plot([0, 1])
+    assert Image.open(io.BytesIO(figures.to_png(fig))).mode == "RGBA"
+
+
+@pytest.mark.parametrize("kind", BLINDNESS)
+def test_colours_of_lines_can_be_told_apart(kind):
+    def seen(colour):
+        rgb = np.array(matplotlib.colors.to_rgb(colour))
+        linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+        linear = np.clip(np.array(BLINDNESS[kind]) @ linear, 0, 1)
+        return np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+
+    colours = [seen(c) for c in plt.rcParams["axes.prop_cycle"].by_key()["color"]]
+    for i, a in enumerate(colours):
+        for b in colours[:i]:
+            assert np.abs(a - b).max() > 0.1
+
+
+def test_images_may_be_pil_arrays_or_tensors():
+    image = scene(3)
+    array = np.asarray(image)
+    tensor = torch.from_numpy(array.copy()).permute(2, 0, 1)
+    fig = figures.image_grid([image, array, tensor, tensor / 255, None], ["a"] * 5, columns=3)
+    drawn = [axis.images[0].get_array() for axis in fig.axes if axis.images]
+    assert len(fig.axes) == 6 and len(drawn) == 4
+    for pixels in drawn[:3]:
+        assert np.array_equal(pixels, array)
+    assert np.allclose(drawn[3] * 255, array)
+
+
+def test_wrong_counts_are_named():
+    with pytest.raises(ValueError, match="2 images but 1 titles"):
+        figures.image_grid([scene(0), scene(1)], ["one"])
+    with pytest.raises(ValueError, match="no images"):
+        figures.image_grid([])
+    with pytest.raises(ValueError, match="'b' has 1 values for 2 groups"):
+        figures.intervals(["x", "y"], {"b": [(1, 0, 2)]})
+
+
+def test_intervals_are_drawn_from_low_to_high():
+    values = [(50, 40, 65), (10, 10, 12)]
+    fig = figures.intervals(["x", "y"], {"a": values, "b": values})
+    ends = [
+        sorted(segment[:, 0].tolist())
+        for container in fig.axes[0].containers
+        for segment in container.lines[2][0].get_segments()
+    ]
+    assert ends == [[40, 65], [10, 12]] * 2
+    marks = {container.lines[0].get_marker() for container in fig.axes[0].containers}
+    assert len(marks) == 2
+
+
+def test_numbers_in_a_matrix_can_be_read_on_their_colour():
+    values = np.linspace(0, 1, 12).reshape(3, 4)
+    values[0, 0] = np.nan
+    fig = figures.matrices({"m": values}, list("abc"), list("wxyz"), number=".2f")
+    axis, image = fig.axes[0], fig.axes[0].images[0]
+    texts = {t.get_position(): t for t in axis.texts}
+    assert len(texts) == 11
+    for (j, i), text in texts.items():
+        assert text.get_text() == f"{values[i, j]:.2f}"
+        ground = np.dot(image.cmap(image.norm(values[i, j]))[:3], [0.299, 0.587, 0.114])
+        ink = 0.0 if text.get_color() == "black" else 1.0
+        assert abs(ground - ink) > 0.4
+
+
+def test_prediction_always_shows_the_true_class():
+    names = [f"c{i}" for i in range(10)]
+    probs = np.arange(10, 0, -1) / 55
+    fig = figures.prediction(scene(0), names, probs, target=9, top=4)
+    labels = [t.get_text() for t in fig.axes[1].get_yticklabels()]
+    assert labels == ["c0", "c1", "c2", "c9 (true)"]
+    widths = [bar.get_width() for bar in fig.axes[1].patches]
+    assert np.allclose(widths, 100 * probs[[0, 1, 2, 9]])
+
+
+def test_explore_draws_in_place_and_stores_nothing_of_the_slider_when_headless(
+    displayed, monkeypatch
+):
+    def plot(option):
+        return figures.image_grid([scene(len(option))]), f"scene {option}"
+
+    monkeypatch.setenv("TPT_NB_HEADLESS", "1")
+    assert widgets.explore(plot, ["a", "bb"]) is None
+    assert [m["image/png"]["alt"] for _, m in displayed] == ["scene a"]
+    monkeypatch.delenv("TPT_NB_HEADLESS")
+    slider = widgets.explore(plot, ["a", "bb"])
+    slider.value = "bb"
+    assert displayed[-1][1] == {"image/png": {"alt": "scene bb"}}
+    assert displayed[-1][0]["image/png"] != displayed[0][0]["image/png"]
