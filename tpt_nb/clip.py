@@ -282,7 +282,10 @@ def to_openai_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
     Only for models of the OpenAI family: QuickGELU, text heads width/64, image heads 32·width/64.
     """
-    state = {key: value.detach().cpu().clone() for key, value in model.state_dict().items()}
+    state = {
+        key: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for key, value in model.state_dict().items()
+    }
     if "positional_embedding" not in state or model.logit_bias is not None:
         raise ValueError(f"{type(model).__name__} is not laid out as OpenAI's CLIP is.")
     return state
@@ -352,7 +355,9 @@ def _load_file(path: Path, device) -> Clip:
                 return load_mini(path, device)
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     elif _is_torchscript(path):
-        state = torch.jit.load(path, map_location="cpu").state_dict()
+        with warnings.catch_warnings():  # torch advises torch.export, but OpenAI's files are these
+            warnings.simplefilter("ignore", DeprecationWarning)
+            state = torch.jit.load(path, map_location="cpu").state_dict()
     else:
         state = torch.load(path, map_location="cpu", weights_only=True)
         state = state.get("state_dict", state)

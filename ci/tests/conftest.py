@@ -1,0 +1,28 @@
+"""Fixtures that several test files share."""
+
+import copy
+
+import pytest
+import torch
+
+from tpt_nb import clip as clip_module
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def mini() -> clip_module.Clip:
+    """A random MiniCLIP, float32 on the CPU, spread out so that prompts differ; left as it is."""
+    model = clip_module.build_mini(seed=0)
+    with torch.no_grad():
+        model.token_embedding.weight.mul_(5)
+        model.logit_scale.fill_(4.6)  # about 100, as in trained models
+    return clip_module.wrap(model, "mini-random", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def mini64(mini) -> clip_module.Clip:
+    """The same model in float64, for tests of exactness."""
+    double = copy.copy(mini)
+    double.model = copy.deepcopy(mini.model).double()
+    return double
