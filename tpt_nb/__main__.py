@@ -1,0 +1,172 @@
+"""``python -m tpt_nb evaluate ...`` does a run, ``python -m tpt_nb compare RUN RUN`` compares two.
+
+Mistakes in what was asked for (a name, a value, a file) are one line on stderr and exit code 2; set
+``TPT_NB_TRACEBACK=1`` to see where they come from.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from tpt_nb.experiment import Run, RunConfig, load_run, run, unknown
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one-line errors that name the closest option."""
+
+    def error(self, message: str) -> NoReturn:
+        """One line on stderr, exit code 2."""
+        print(f"{self.prog}: {message} (--help lists what there is)", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line; the options of ``evaluate`` are the fields of ``RunConfig``."""
+    main_parser = Parser(
+        prog="python -m tpt_nb", description="Test-time adaptation of CLIP from a shell."
+    )
+    commands = main_parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    evaluate = commands.add_parser(
+        "evaluate", help="one run: encode, adapt, record", allow_abbrev=False
+    )
+    hints = typing.get_type_hints(RunConfig)
+    for field in dataclasses.fields(RunConfig):
+        names = dict.fromkeys([f"--{field.name}", f"--{field.name.replace('_', '-')}"])
+        text = f"{field.metadata['help']} (default: {field.default!r})".replace("%", "%%")
+        if hints[field.name] is bool:
+            kind = {"action": argparse.BooleanOptionalAction}
+        else:
+            kind = {"type": _reader(hints[field.name]), "metavar": "X"}
+        evaluate.add_argument(*names, help=text, default=field.default, **kind)
+    evaluate.add_argument("--json", action="store_true", help="end with one JSON object on a line")
+    compare = commands.add_parser(
+        "compare", help="two runs image by image: gain of the second", allow_abbrev=False
+    )
+    compare.add_argument("runs", nargs=2, metavar="RUN", help="folder of a run, or its name in out")
+    compare.add_argument("--out", default="runs", help="folder of the runs (default: runs)")
+    compare.add_argument("--seed", type=int, default=0, help="of the bootstrap")
+    compare.add_argument("--json", action="store_true", help="end with one JSON object on a line")
+    return main_parser
+
+
+def _reader(hint: object):
+    """What turns the text of an option into the field's type; none, null and '' give None."""
+    kinds = typing.get_args(hint) or (hint,)
+
+    def read(text: str):
+        if type(None) in kinds and text.lower() in ("", "none", "null"):
+            return None
+        return kinds[0](text)
+
+    read.__name__ = kinds[0].__name__  # argparse: "invalid int value"
+    return read
+
+
+def result(run_: Run) -> dict:
+    """The fields of a run that ``evaluate --json`` prints."""
+    s = run_.summary
+    return {
+        "dataset": s["dataset"],
+        "model": s["model"],
+        "method": s["method"],
+        "n": s["n"],
+        "failed": s["failed"]["count"],
+        "accuracy": s["accuracy_after"],
+        "accuracy_ci95": s["accuracy_after_ci95"],
+        "zero_shot": s["accuracy_before"],
+        "zero_shot_ci95": s["accuracy_before_ci95"],
+        "improved": s["improved"],
+        "worsened": s["worsened"],
+        "p_value": s["p_value"],
+        "seconds_per_image": s["seconds_per_image"],
+    }
+
+
+def _evaluate(args: argparse.Namespace) -> None:
+    values = {key: value for key, value in vars(args).items() if key not in ("command", "json")}
+    done = run(RunConfig(**values))
+    s = result(done)
+    print(f"{s['dataset']}, {s['model']}, {s['method']}, {s['n']} images -> {done.dir}")
+    print(f"  zero-shot  {_with_interval(s['zero_shot'], s['zero_shot_ci95'])}")
+    print(f"  {s['method']:<9}  {_with_interval(s['accuracy'], s['accuracy_ci95'])}")
+    print(f"  improved {s['improved']}, worsened {s['worsened']}, p {s['p_value']:.3g} (McNemar)")
+    if args.json:
+        print(json.dumps(s))
+
+
+def _compare(args: argparse.Namespace) -> None:
+    from tpt_nb.metrics import compare
+
+    runs = [load_run(_find(name, Path(args.out))) for name in args.runs]
+    prints = [json.loads((r.dir / "config.json").read_text())["dataset"] for r in runs]
+    if prints[0]["fingerprint"] != prints[1]["fingerprint"]:
+        raise ValueError(
+            f"the runs are over different data: {prints[0]['name']} ({prints[0]['fingerprint']}) "
+            f"and {prints[1]['name']} ({prints[1]['fingerprint']})."
+        )
+    c = compare(runs[0].records, runs[1].records, seed=args.seed)
+    for letter, run_ in zip("ab", runs, strict=True):
+        interval = _with_interval(c[f"accuracy_{letter}"], c[f"accuracy_{letter}_ci95"])
+        print(f"{letter}: {interval}  {run_.name}")
+    print(
+        f"b - a: {100 * c['gain']:+.2f} points, 95 % interval "
+        f"{_interval(c['gain_ci95'])} (bootstrap {_interval(c['gain_bootstrap95'])})"
+    )
+    print(
+        f"{c['n']} images in both: improved {c['improved']}, worsened {c['worsened']}, "
+        f"p {c['p_value']:.3g} (McNemar, exact)"
+    )
+    if c["only_a"] or c["only_b"]:
+        print(f"left out: {c['only_a']} images only in a, {c['only_b']} only in b")
+    if args.json:
+        print(json.dumps({"a": runs[0].name, "b": runs[1].name, **c}))
+
+
+def _find(name: str, out: Path) -> Path:
+    for path in (Path(name), out / name):
+        if path.is_dir():
+            return path
+    known = sorted(p.parent.name for p in out.glob("*/config.json"))
+    raise ValueError(unknown("run", name, known) if known else f"there is no run {name!r}.")
+
+
+def _with_interval(value: float, interval: Sequence[float]) -> str:
+    return f"{100 * value:6.2f} % {_interval(interval)}"
+
+
+def _interval(interval: Sequence[float]) -> str:
+    return "[{:.2f}, {:.2f}]".format(*(100 * x for x in interval))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line; returns the exit code."""
+    args, rest = parser().parse_known_args(argv)
+    if rest:
+        options = [f"--{field.name}" for field in dataclasses.fields(RunConfig)]
+        word = rest[0].split("=")[0].replace("-", "_").replace("__", "--", 1)
+        known = (
+            [*options, "--json"] if args.command == "evaluate" else ["--json", "--out", "--seed"]
+        )
+        print(f"python -m tpt_nb: {unknown('option', word, known)}", file=sys.stderr)
+        return 2
+    try:
+        {"evaluate": _evaluate, "compare": _compare}[args.command](args)
+    except (ValueError, OSError) as error:
+        if os.environ.get("TPT_NB_TRACEBACK"):
+            raise
+        print(f"python -m tpt_nb: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
