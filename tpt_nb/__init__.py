@@ -2,14 +2,15 @@
 
 Two stages, because the image encoder is frozen in every method::
 
-    image --augmenter--> views [V,3,H,W] --image encoder--> features [V,D]     stage 1: encode, cached
+    image --augmenter--> views [V,3,H,W] --image encoder--> features [V,D]    stage 1: encode
     class names --prompts(ctx)--> text features [C,D]
-    features, text features --> logits [V,C] --method--> prediction            stage 2: adapt
+    features, text features --> logits [V,C] --method--> prediction           stage 2: adapt
 
-Rooms: ``clip`` (models), ``prompts`` (learnable context), ``views`` (augmenters), ``losses``, ``adapt``
-(methods), ``datasets`` (with ``iconshift``, the embedded benchmark), ``encode`` (stage 1 and its cache),
-``experiment`` (runs and records), ``metrics``, ``figures``. Importing this package loads none of them, sets
-no seed and touches no network.
+Stage 1 is slow and cached on disk; stage 2 is fast and repeatable. Rooms: ``clip`` (models),
+``prompts`` (learnable context), ``views`` (augmenters), ``losses``, ``adapt`` (methods), ``datasets``
+(with ``iconshift``, the embedded benchmark, and ``folder``), ``encode`` (stage 1 and its cache),
+``experiment`` (runs and records), ``metrics``, ``figures``. Importing this package loads none of
+them, sets no seed and touches no network.
 """
 
 __version__ = "0.1.0"

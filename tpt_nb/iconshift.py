@@ -6,7 +6,7 @@ numbers come from PCG64's raw doubles, so a scene is the same picture on every m
 
 Variants mirror the five of the TPT paper: ``iconshift`` (source domain), ``iconshift-v2`` (fresh
 scenes of it), ``iconshift-a`` (small objects in clutter, adversarially filtered), ``iconshift-r``
-(unseen renditions), ``iconshift-sketch`` (monochrome). ``iconshift-dev`` (small source-style objects
+(unseen renditions), ``iconshift-sketch`` (monochrome). ``iconshift-dev`` (small source objects
 in clutter, for choosing learning rates) and ``iconshift-train`` (what MiniCLIP was trained on)
 complete them.
 """
