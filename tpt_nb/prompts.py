@@ -8,6 +8,7 @@ all classes and are computed once; classes with equally long names form one batc
 """
 
 import math
+import pickle
 import warnings
 from pathlib import Path
 
@@ -144,10 +145,10 @@ class Prompts:
 
     def _tokenize(self, names: list[str]) -> list[tuple[list[int], list[int]]]:
         """Tokens of "name." split behind the name, as CoOp does: the sentence decides."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the same tokens are looked at again below
-            lengths = [len(tokens) for tokens in _token_lists(self.clip, names)]
         sentences = _token_lists(self.clip, [f"{name}." for name in names])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the sentences have warned of the same tokens
+            lengths = [len(tokens) for tokens in _token_lists(self.clip, names)]
         return [(s[:n], s[n:]) for s, n in zip(sentences, lengths, strict=True)]
 
     # --- paper path ------------------------------------------------------------------------------
@@ -408,7 +409,12 @@ def load_coop(path: str | Path, M: int, d: int, n_classes: int | None = None) ->
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         with torch.serialization.safe_globals([(_Inert, name) for name in names]):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for a file that is no checkpoint
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} holds objects that cannot be read without running code from the file. If you "
+            "trust it, load it yourself and write the context alone with prompts.save_coop."
+        ) from error
+    except (ValueError, RuntimeError, EOFError, KeyError) as error:
         raise ValueError(f"{path} is no readable torch checkpoint: {error}") from error
     state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
     ctx = state.get("ctx") if isinstance(state, dict) else None
