@@ -191,7 +191,7 @@ def matrices(
         axis.tick_params(length=0)
         axis.set_xticks(range(n_columns), columns or [""] * n_columns)
         axis.set_yticks(range(n_rows), (rows if axis is axes[0, 0] else None) or [""] * n_rows)
-        if columns and max(map(len, columns)) * n_columns * len(values) > 70:
+        if columns and max(map(len, columns)) * n_columns * len(values) > 85:
             plt.setp(axis.get_xticklabels(), rotation=45, ha="right", rotation_mode="anchor")
         axis.set_xlabel(column_label)
         if number:
@@ -297,4 +297,181 @@ def prediction(
     right.set_xticks([0, 25, 50, 75, 100])
     right.set_xlabel("probability (%)")
     right.set_title(title)
+    return fig
+
+
+def unit_vectors(
+    views: Sequence[Sequence[float]],
+    classes: Sequence[Sequence[float]],
+    names: Sequence[str],
+    chosen: Sequence[int] = (),
+    title: str = "",
+) -> Figure:
+    """Unit vectors in the plane: views as numbered marks, classes as arrows.
+
+    Args:
+        views: ``[V,2]``; those in ``chosen`` are filled.
+        classes: ``[C,2]``, with their ``names``.
+    """
+    fig, axis = plt.subplots(figsize=(HALF, 3.3))
+    turn = np.linspace(-0.3, np.pi / 2 + 0.3, 100)
+    axis.plot(np.cos(turn), np.sin(turn), color="#CCCCCC", linestyle="-", linewidth=1)
+    for (x, y), name in zip(np.asarray(classes, float), names, strict=True):
+        arrow = {"arrowstyle": "-|>", "color": COLOURS["vermilion"], "lw": 1.8}
+        axis.annotate("", (x, y), (0, 0), arrowprops=arrow)
+        axis.text(
+            0.55 * x,
+            0.55 * y,
+            f" {name} ",
+            color=COLOURS["vermilion"],
+            ha="center",
+            va="center",
+            backgroundcolor="white",
+        )
+    for i, (x, y) in enumerate(np.asarray(views, float)):
+        face = COLOURS["blue"] if i in chosen else "white"
+        axis.plot(x, y, "o", markersize=7, markerfacecolor=face, markeredgecolor=COLOURS["blue"])
+        axis.text(1.12 * x, 1.12 * y, str(i), ha="center", va="center")
+    axis.set_aspect("equal")
+    axis.set_axis_off()
+    axis.set_title(title)
+    return fig
+
+
+def ranked(
+    values: Sequence[float],
+    groups: dict[str, Sequence[int]],
+    label: str,
+    item: str,
+    rest: str,
+    title: str = "",
+) -> Figure:
+    """Values in ascending order as thin bars; groups of them stand out by colour and hatching.
+
+    Args:
+        groups: name for the legend -> indices into ``values``; the first group that has it counts.
+        label: of the value axis, with the unit.
+        item: what a bar is ("view").
+        rest: name of the bars in no group.
+    """
+    values = np.asarray(values, float)
+    order = np.argsort(values, kind="stable")
+    fig, axis = plt.subplots(figsize=(WIDTH, 2.4))
+    styles = [("blue", "////"), ("orange", "xxxx"), ("green", "....")]
+    taken = np.full(len(values), -1)
+    for g, indices in reversed(list(enumerate(groups.values()))):
+        taken[list(indices)] = g
+    width = 0.9 if len(values) <= 100 else 1.0
+    wide = max(width, len(values) / 70)  # a highlighted bar must be seen
+    for g, name in [(-1, rest), *enumerate(groups)]:
+        where = np.flatnonzero(taken[order] == g)
+        colour, hatch = styles[g] if g >= 0 else ("", "")
+        axis.bar(
+            where,
+            values[order][where],
+            width=width if g < 0 else wide,
+            label=name,
+            color=COLOURS[colour] if g >= 0 else "#BBBBBB",
+            hatch=hatch,
+            edgecolor="white" if g >= 0 else "none",
+            linewidth=0,
+        )
+    axis.axhline(0, color="black", linewidth=0.8)
+    axis.set_xlim(-1, len(values))
+    axis.set_xlabel(f"{item}s in ascending order")
+    axis.set_ylabel(label)
+    axis.legend(loc="upper left")
+    axis.set_title(title)
+    return fig
+
+
+def grouped_bars(
+    labels: Sequence[str],
+    series: dict[str, Sequence[float]],
+    label: str,
+    title: str = "",
+    number: str = ".1f",
+) -> Figure:
+    """Horizontal bars, one group per label; later series are hatched.
+
+    Args:
+        series: name -> one value per label.
+        label: of the value axis, with the unit.
+    """
+    height = 0.8 / len(series)
+    fig, axis = plt.subplots(figsize=(WIDTH, 0.9 + 0.24 * len(labels) * len(series)))
+    styles = [("#BBBBBB", ""), (COLOURS["blue"], ""), (COLOURS["orange"], "////")]
+    top = max(max(values) for values in series.values())
+    for s, (name, values) in enumerate(series.items()):
+        y = np.arange(len(labels)) + (s - (len(series) - 1) / 2) * height
+        colour, hatch = styles[s % len(styles)]
+        axis.barh(
+            y,
+            values,
+            height * 0.92,
+            label=name,
+            color=colour,
+            hatch=hatch,
+            edgecolor="white",
+            linewidth=0,
+        )
+        for at, value in zip(y, values, strict=True):
+            axis.annotate(
+                f"{value:{number}}",
+                (value, at),
+                (3, 0),
+                va="center",
+                fontsize=8,
+                textcoords="offset points",
+            )
+    axis.set_yticks(range(len(labels)), labels)
+    axis.tick_params(axis="y", length=0)
+    axis.invert_yaxis()
+    axis.set_xlim(0, 1.12 * top)
+    axis.set_xlabel(label)
+    fig.legend(loc="outside lower center", ncols=len(series))
+    axis.set_title(title)
+    return fig
+
+
+def curves(
+    x: Sequence[float],
+    panels: dict[str, Sequence[tuple[float, float, float]]],
+    label: str,
+    used: float | None = None,
+    title: str = "",
+) -> Figure:
+    """Values with intervals over a parameter on a log axis, one panel per quantity.
+
+    Args:
+        x: values of the parameter.
+        panels: name of the quantity, with its unit -> (value, low, high) per ``x``.
+        label: of the parameter.
+        used: value of the parameter that the notebook uses; marked.
+    """
+    fig, axes = plt.subplots(1, len(panels), figsize=(WIDTH, 2.6), squeeze=False)
+    for axis, (name, values) in zip(axes[0], panels.items(), strict=True):
+        value, low, high = np.asarray(values, float).T
+        axis.axhline(0, color=GREY, linewidth=1)
+        if used is not None:
+            axis.axvline(used, color=COLOURS["orange"], linestyle="--", linewidth=1.5)
+            axis.annotate(
+                "used",
+                (used, 1),
+                (3, -9),
+                xycoords=axis.get_xaxis_transform(),
+                textcoords="offset points",
+                color="#8A5F00",
+                fontsize=8,
+            )
+        axis.fill_between(x, low, high, color=COLOURS["blue"], alpha=0.15, linewidth=0)
+        axis.plot(x, value, marker="o", color=COLOURS["blue"])
+        axis.set_xscale("log")
+        axis.minorticks_off()
+        axis.set_xticks(x, [f"{v:g}" for v in x])
+        axis.set_xlabel(label)
+        axis.set_ylabel(name)
+        axis.grid(axis="y")
+    if title:
+        fig.suptitle(title, x=0.01, ha="left", fontsize=10)
     return fig
