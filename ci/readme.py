@@ -13,7 +13,7 @@ REPO = Path(__file__).resolve().parent.parent
 README = REPO / "README.md"
 EVALUATION = REPO / "data" / "miniclip" / "evaluation.json"
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
-MISSING = "Not measured yet: `python data/miniclip/evaluate.py --json` measures them."
+MISSING = "Not measured yet: `python data/miniclip/evaluate.py --write` measures them."
 
 VARIANTS = {
     "iconshift": "I: as in training",
