@@ -589,8 +589,8 @@ def _line(record: dict) -> bytes:
 def _bar(n: int, done: int, text: str, progress: bool):
     from tqdm.auto import tqdm
 
-    # an explicit disable=False would override TQDM_DISABLE
-    off = {} if progress else {"disable": True}
+    # in a notebook tqdm.auto gives a widget, and that one does not look at TQDM_DISABLE itself
+    off = {} if progress and not os.environ.get("TQDM_DISABLE") else {"disable": True}
     return tqdm(total=n, initial=done, desc=text, unit="img", **off)
 
 
