@@ -342,7 +342,7 @@ def ranked(
     values: Sequence[float],
     groups: dict[str, Sequence[int]],
     label: str,
-    item: str,
+    items: str,
     rest: str,
     title: str = "",
 ) -> Figure:
@@ -351,7 +351,7 @@ def ranked(
     Args:
         groups: name for the legend -> indices into ``values``; the first group that has it counts.
         label: of the value axis, with the unit.
-        item: what a bar is ("view").
+        items: what the bars are ("views").
         rest: name of the bars in no group.
     """
     values = np.asarray(values, float)
@@ -378,9 +378,9 @@ def ranked(
         )
     axis.axhline(0, color="black", linewidth=0.8)
     axis.set_xlim(-1, len(values))
-    axis.set_xlabel(f"{item}s in ascending order")
+    axis.set_xlabel(f"{items} in ascending order")
     axis.set_ylabel(label)
-    axis.legend(loc="upper left")
+    fig.legend(loc="outside lower center", ncols=len(groups) + 1)
     axis.set_title(title)
     return fig
 
@@ -474,4 +474,37 @@ def curves(
         axis.grid(axis="y")
     if title:
         fig.suptitle(title, x=0.01, ha="left", fontsize=10)
+    return fig
+
+
+def lines(
+    x: Sequence[float],
+    series: dict[str, Sequence[float]],
+    x_label: str,
+    y_label: str,
+    title: str = "",
+) -> Figure:
+    """Lines over ``x``, told apart by colour, marker and line style, each named at its end.
+
+    Args:
+        series: name -> one value per ``x``.
+        x_label, y_label: of the axes, with the units.
+    """
+    fig, axis = plt.subplots(figsize=(WIDTH, 2.6))
+    for (name, values), marker in zip(series.items(), MARKERS, strict=False):
+        (line,) = axis.plot(x, values, marker=marker, label=name)
+        axis.annotate(
+            name,
+            (x[-1], values[-1]),
+            (6, 0),
+            textcoords="offset points",
+            va="center",
+            color=line.get_color(),
+            annotation_clip=False,
+        )
+    axis.set_ylim(bottom=min(0, min(min(values) for values in series.values())))
+    axis.set_xlabel(x_label)
+    axis.set_ylabel(y_label)
+    axis.grid(axis="y")
+    axis.set_title(title)
     return fig
