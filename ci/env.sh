@@ -6,7 +6,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 setup() {
   local lists="requirements.txt ci/requirements-test.txt ci/constraints.txt pyproject.toml"
-  local stamp=.venv/installed want quiet=-q
+  local stamp=.venv/installed want quiet=-qq
   if ! .venv/bin/python -c pass 2>/dev/null; then
     if ! python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
       echo "python3 is $(python3 -V 2>&1 || true), but Python 3.11 or later is needed." >&2
@@ -17,7 +17,7 @@ setup() {
   fi
   want="$PWD $(.venv/bin/python -V) $(cat $lists | cksum)"
   [ "$(cat "$stamp" 2>/dev/null)" != "$want" ] || return 0
-  echo "Installing into .venv: once, some minutes, about 6 GB with torch ..."
+  echo "Installing into .venv: once, some minutes, about 5 GB with torch ..."
   [ -t 1 ] && quiet=
   # not compiled: Python does it for what is imported, and most of these files never are
   if ! { .venv/bin/python -m pip install $quiet --no-compile \
@@ -44,6 +44,7 @@ fi
 
 unset MPLBACKEND                  # that of a calling notebook would reach the kernels
 export TQDM_DISABLE=1             # progress bars fill logs and stored outputs
+export TPT_NB_HEADLESS=1          # static figures in place of widgets, whose state must not be stored
 export PYTHONHASHSEED=0
 export JUPYTER_PREFER_ENV_PATH=1  # the kernel "python3" is this environment's, not the user's
 export TPT_NB_CACHE=${TPT_NB_CACHE:-$PWD/out/cache} # features, shared by the notebooks
