@@ -37,6 +37,7 @@ limit() {
 export PIP_DISABLE_PIP_VERSION_CHECK=1
 if [ -n "${TPT_NB_PYTHON:-}" ]; then
   PYTHON=$TPT_NB_PYTHON
+  export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} # for the kernels: tpt_nb need not be installed
 else
   setup || exit 1
   PYTHON=$PWD/.venv/bin/python
