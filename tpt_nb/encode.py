@@ -37,7 +37,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from tpt_nb.paths import cache_dir
-from tpt_nb.views import view_seed
+from tpt_nb.views import as_rgb, view_seed
 
 FORMAT = 1  # raise it when shards change: older caches are then not used
 STALE_SECONDS = 3600
@@ -225,7 +225,7 @@ class _Views(Dataset):
     def __getitem__(self, i: int) -> tuple[int, Tensor | None, int, str | None]:
         try:
             image, target = self.dataset[i]
-            image = image.convert("RGB")  # PIL decodes here, not when it opens the file
+            image = as_rgb(image)  # PIL decodes here, not when it opens the file
         except Exception as error:
             return i, None, -1, f"{type(error).__name__}: {error}"
         # An error of the augmenter is a bug, not a damaged image: it surfaces.

@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
+
+from tpt_nb.views import as_rgb
 
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 NAMES_FILE = "classnames.txt"
@@ -91,19 +92,11 @@ def load_folder(
 
 
 def read_rgb(path: str | Path) -> Image.Image:
-    """The picture as a viewer shows it: EXIF rotation, white under transparency, 16 bits scaled."""
+    """The picture as a viewer shows it; see :func:`tpt_nb.views.as_rgb`."""
     with Image.open(path) as file:
-        image = ImageOps.exif_transpose(file)
+        image = as_rgb(file)
         image.load()
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        # convert("RGB") would clip 16-bit grey to white
-        return Image.fromarray((np.asarray(image).astype(np.int64) >> 8).astype(np.uint8)).convert(
-            "RGB"
-        )
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    return image
 
 
 def read_names(path: str | Path) -> dict[str, str]:

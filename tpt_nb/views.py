@@ -1,12 +1,13 @@
 """Augmenters: one image -> V views.
 
 An augmenter is a picklable callable ``augmenter(image: PIL.Image, seed: int) -> Tensor [V,3,S,S]``
-with ``n_views``, ``size`` and ``spec()``, a JSON-able description of everything its pixels depend
-on (part of the key of the feature cache). View 0 is always the un-augmented image: shorter side
-resized to S (bicubic), centre crop. Views are uint8, or float32 in [0,1] where mixing makes them
-non-integer; normalisation with the model's mean and std is the encoder's business. The memory
-layout is channels_last, which is what numpy gives and what the encoder wants: use ``reshape``, not
-``view``, on them.
+with ``n_views``, ``size``, ``groups`` (G, V/G: the views come in G groups of equally many, first
+those of the whole image, then those of each patch) and ``spec()``, a JSON-able description of
+everything its pixels depend on (part of the key of the feature cache). View 0 is always the
+un-augmented image: shorter side resized to S (bicubic), centre crop. Views are uint8, or float32 in
+[0,1] where mixing makes them non-integer; normalisation with the model's mean and std is the
+encoder's business. The memory layout is channels_last, which is what numpy gives and what the
+encoder wants: use ``reshape``, not ``view``, on them.
 
 Views are drawn from ``(seed, image id)`` through :func:`view_seed` alone: neither the order of the
 images nor the number of worker processes matters, and torch's and numpy's global generators are
@@ -14,6 +15,8 @@ left as they were.
 """
 
 import hashlib
+import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -25,6 +28,8 @@ from torch import Tensor
 BILINEAR, BICUBIC = Image.Resampling.BILINEAR, Image.Resampling.BICUBIC
 # torchvision's RandomResizedCrop defaults, which TPT keeps.
 CROP_AREA, CROP_RATIO, CROP_TRIES = (0.08, 1.0), (3 / 4, 4 / 3), 10
+STRIP = 16  # aspect ratio from which on the centre is cut out before it is resized
+EXIF_ORIENTATION = 0x0112
 
 
 def view_seed(seed: int, image_id: str) -> int:
@@ -33,12 +38,41 @@ def view_seed(seed: int, image_id: str) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
+def as_rgb(image: Image.Image) -> Image.Image:
+    """The picture as a viewer shows it: EXIF rotation, white under transparency, 16 bits scaled.
+
+    Raises:
+        ValueError: no pixels, or floating-point pixels, whose range is anyone's guess.
+    """
+    if 0 in image.size:
+        raise ValueError(f"the image has {image.width} x {image.height} pixels: nothing to see")
+    if image.mode == "F":
+        raise ValueError("the image has floating-point pixels (mode F); convert it to 8 bits first")
+    if image.getexif().get(EXIF_ORIENTATION, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        # convert("RGB") would clip 16-bit grey to white
+        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
 def center_view(image: Image.Image, size: int) -> Image.Image:
     """View 0: shorter side to `size` (bicubic), centre crop; the same pixels as torchvision's."""
     width, height = image.size
     short, long = min(width, height), int(size * max(width, height) / min(width, height))
     shape = (size, long) if width == short else (long, size)
     left, top = (int(round((side - size) / 2)) for side in shape)
+    if long > STRIP * size:
+        # A strip of 1 x 4000 pixels would become one of 224 x 896000: resize only what is kept,
+        # first the rows, then the columns.
+        x, y = width / shape[0], height / shape[1]
+        rows = (left * x, 0, (left + size) * x, height)
+        columns = (0, top * y, size, (top + size) * y)
+        image = image.resize((size, height), BICUBIC, box=rows)
+        return image.resize((size, size), BICUBIC, box=columns)
     return image.resize(shape, BICUBIC).crop((left, top, left + size, top + size))
 
 
@@ -68,6 +102,40 @@ def crop_boxes(width: int, height: int, uniforms: np.ndarray) -> np.ndarray:
             w = int(round(height * CROP_RATIO[1]))
         boxes[~fits.any(axis=1)] = ((width - w) // 2, (height - h) // 2, w, h)
     return boxes
+
+
+def side_boxes(width: int, height: int, side: float, places: np.ndarray) -> np.ndarray:
+    """Boxes (x, y, w, h), int [n,4], with `side` times the image's width and height.
+
+    `places` [n,2] are uniforms that say where (y, x), as in :func:`crop_boxes`.
+    """
+    w, h = max(1, round(side * width)), max(1, round(side * height))
+    y, x = np.floor(places * (height - h + 1, width - w + 1)).astype(np.int64).T
+    return np.stack([x, y, np.full_like(x, w), np.full_like(x, h)], axis=1)
+
+
+def patch_boxes(width: int, height: int, grid: int, overlap: float) -> np.ndarray:
+    """Boxes (left, top, right, bottom), int [grid*grid,4], of a grid of patches, row by row.
+
+    Every cell has ``width // grid`` by ``height // grid`` pixels and grows on all four sides by
+    the whole pixels of `overlap` times that, up to the border of the image. So an inner patch is
+    (1 + 2*overlap)/grid of the image wide, one at the border (1 + overlap)/grid. Without overlap
+    the up to ``grid - 1`` pixels that are left over on the right and at the bottom are in no patch.
+    An image with fewer pixels than cells gets cells of one pixel, some of them the same.
+    """
+    ends = []
+    for side in (width, height):
+        i = np.arange(grid)
+        cell = side // grid
+        start, stop = i * cell, (i + 1) * cell
+        if cell == 0:
+            start = i * side // grid
+            stop = start + 1
+        more = int(cell * overlap)
+        ends.append((np.maximum(start - more, 0), np.minimum(stop + more, side)))
+    (left, right), (top, bottom) = ends
+    column, row = np.tile(np.arange(grid), grid), np.repeat(np.arange(grid), grid)
+    return np.stack([left[column], top[row], right[column], bottom[row]], axis=1)
 
 
 def _affine(image: Image.Image, *matrix: float) -> Image.Image:
@@ -147,6 +215,8 @@ class RandomViews:
         severity: AugMix severity, 1 to 10 (TPT: 1).
         autoaugment: blend each crop with its AutoAugment (ImageNet policy); excludes `augmix`.
         size: side of the views in pixels.
+        crop_side: None for TPT's random areas and ratios; a number in (0,1] gives every crop this
+            share of the image's width and of its height, at a random place.
     """
 
     n_aug: int = 63
@@ -155,6 +225,7 @@ class RandomViews:
     autoaugment: bool = False
     size: int = 224
     augmix_ops: str = "tpt"
+    crop_side: float | None = None
 
     VERSION = (
         1  # raise it when the pixels change: cached features of the old version are then not used
@@ -171,12 +242,19 @@ class RandomViews:
             raise ValueError(
                 f"augmix_ops is {self.augmix_ops!r}; it must be 'tpt' or 'torchvision'"
             )
+        if self.crop_side is not None and not 0 < self.crop_side <= 1:
+            raise ValueError(f"crop_side is {self.crop_side!r}; it must be in (0, 1], or None")
         if self.augmix and self.autoaugment:
             raise ValueError("augmix and autoaugment are both on; choose one of them")
 
     @property
     def n_views(self) -> int:
         return self.n_aug + 1
+
+    @property
+    def groups(self) -> tuple[int, int]:
+        """(1, V): one group, the whole image."""
+        return 1, self.n_views
 
     def spec(self) -> dict:
         """What the pixels depend on, and nothing else (no severity where there is no AugMix)."""
@@ -190,16 +268,22 @@ class RandomViews:
             spec |= {"augmix": self.augmix_ops, "severity": self.severity}
         if self.autoaugment:
             spec |= {"autoaugment": "imagenet"}
+        if self.crop_side is not None:
+            spec |= {"crop_side": float(self.crop_side)}
         return spec
 
     def __call__(self, image: Image.Image, seed: int) -> Tensor:
         """Views [V,3,size,size] of a PIL image: uint8; float32 in [0,1] for real-valued mixes."""
-        image = image if image.mode == "RGB" else image.convert("RGB")
+        image = as_rgb(image)
         size = self.size
         # One block of uniforms for all crops, row k for view k: fast, and a prefix for a smaller
         # n_aug.
         uniforms = np.random.default_rng(seed).random((self.n_aug, 4 * CROP_TRIES + 1))
-        boxes = crop_boxes(*image.size, uniforms[:, :-1].reshape(self.n_aug, CROP_TRIES, 4))
+        draws = uniforms[:, :-1].reshape(self.n_aug, CROP_TRIES, 4)
+        if self.crop_side is None:
+            boxes = crop_boxes(*image.size, draws)
+        else:
+            boxes = side_boxes(*image.size, self.crop_side, draws[:, 0, 2:])
         flips = uniforms[:, -1] < 0.5
         mix, is_float = self._mixer()
         pixels = np.empty((self.n_views, size, size, 3), np.float32 if is_float else np.uint8)
@@ -232,14 +316,129 @@ class RandomViews:
         return None, False
 
 
+@dataclass(frozen=True)
+class PatchViews:
+    """The image and the patches of a grid laid over it, each with `n_aug` AugMix copies.
+
+    The augmenter of the study "TPT with patches". V = (P+1)(n_aug+1) views: the image, its copies,
+    then patch by patch in row-major order the patch and its copies. ``groups`` is (P+1, n_aug+1).
+    Patches are cut from the full-resolution image (:func:`patch_boxes`) and treated like view 0:
+    shorter side to `size` (bicubic), centre crop. Nothing is random but AugMix, so that without it
+    the copies are equal to their patch.
+
+    Args:
+        n_aug: AugMix copies of the image and of each patch.
+        n_patches: how many patches are wanted. A square grid has P = floor(sqrt(n_patches))**2 of
+            them (``patches``): 25 for 32, with a warning. 0: none, only the image and its copies.
+        overlap: by how much a patch grows on each side, as a fraction of its cell, 0 to 1.
+        augmix: apply AugMix to the copies; `augmix_ops` and `severity` as in :class:`RandomViews`.
+            The study has torchvision's operations and severity 2.
+        size: side of the views in pixels.
+    """
+
+    n_aug: int = 4
+    n_patches: int = 16
+    overlap: float = 0.0
+    augmix: bool = False
+    severity: int = 1
+    size: int = 224
+    augmix_ops: str = "tpt"
+
+    VERSION = 1  # raise it when the pixels change
+
+    def __post_init__(self) -> None:
+        RandomViews(
+            n_aug=self.n_aug,
+            augmix=self.augmix,
+            severity=self.severity,
+            size=self.size,
+            augmix_ops=self.augmix_ops,
+        )  # checks what the two have in common
+        if self.n_patches < 0 or self.n_patches != int(self.n_patches):
+            raise ValueError(f"n_patches is {self.n_patches!r}; it must be a whole number, from 0")
+        if not 0 <= self.overlap <= 1:
+            raise ValueError(
+                f"overlap is {self.overlap!r}; it must be from 0 (patches touch) to 1 (each grows "
+                "on every side by its own size)"
+            )
+        if self.patches != self.n_patches:
+            warnings.warn(
+                f"n_patches={self.n_patches} is no square number: the grid has {self.grid} x "
+                f"{self.grid} = {self.patches} patches, which makes {self.n_views} views",
+                stacklevel=3,
+            )
+
+    @property
+    def grid(self) -> int:
+        """Patches per row and per column."""
+        return math.isqrt(self.n_patches)
+
+    @property
+    def patches(self) -> int:
+        """P, the patches that there really are."""
+        return self.grid**2
+
+    @property
+    def groups(self) -> tuple[int, int]:
+        """(P+1, n_aug+1): groups, and views in each; group 0 is the whole image."""
+        return self.patches + 1, self.n_aug + 1
+
+    @property
+    def n_views(self) -> int:
+        return math.prod(self.groups)
+
+    def spec(self) -> dict:
+        """What the pixels depend on, and nothing else (the grid, not how many were asked for)."""
+        spec = {
+            "class": "PatchViews",
+            "version": self.VERSION,
+            "n_aug": self.n_aug,
+            "grid": self.grid,
+            "size": self.size,
+        }
+        if self.grid > 1:  # one patch is the image, whatever the overlap
+            spec["overlap"] = float(self.overlap)
+        if self.augmix:
+            spec |= {"augmix": self.augmix_ops, "severity": self.severity}
+        return spec
+
+    def __call__(self, image: Image.Image, seed: int) -> Tensor:
+        """Views [V,3,size,size] of a PIL image: uint8; float32 in [0,1] with TPT's AugMix."""
+        image, size = as_rgb(image), self.size
+        crops = [image]
+        if self.grid:
+            boxes = patch_boxes(*image.size, self.grid, self.overlap)
+            crops += [image.crop(box) for box in boxes.tolist()]
+        is_float = self.augmix and self.augmix_ops == "tpt"
+        shape = (*self.groups, size, size, 3)
+        pixels = np.empty(shape, np.float32 if is_float else np.uint8)
+        torch_state = torch.get_rng_state()
+        for g, crop in enumerate(crops):
+            plain = center_view(crop, size)
+            pixels[g] = np.asarray(plain)
+            for a in range(1, self.n_aug + 1) if self.augmix else ():
+                rng = np.random.default_rng([seed, g, a])
+                if is_float:
+                    pixels[g, a] = tpt_augmix(plain, rng, self.severity)
+                else:
+                    torch.default_generator.manual_seed(int(rng.integers(2**63)))
+                    pixels[g, a] = _torchvision_augmix(plain, rng, self.severity)
+        torch.set_rng_state(torch_state)
+        if is_float:
+            np.clip(pixels / np.float32(255), 0, 1, out=pixels)
+        return torch.from_numpy(pixels.reshape(-1, size, size, 3)).permute(0, 3, 1, 2)
+
+
 AUGMENTERS: dict[str, Callable] = {
     "random": RandomViews,
-    "AugmenterTPT": RandomViews,  # the name in the study that this course follows
+    "AugmenterTPT": RandomViews,  # the names in the study that this course follows
+    "patch": PatchViews,
+    "PatchAugmenter": PatchViews,
 }
 
 
-def make_augmenter(name: str, size: int, **params) -> RandomViews:
-    """Augmenter by name ("random", alias "AugmenterTPT") for views of `size` pixels.
+def make_augmenter(name: str, size: int, **params) -> RandomViews | PatchViews:
+    """Augmenter by name ("random", "patch" or the study's names) for views of `size` pixels.
 
     Raises:
         ValueError: unknown name (lists the known ones) or parameter (lists the known ones).
