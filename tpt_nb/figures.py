@@ -181,23 +181,25 @@ def matrices(
     values = [np.asarray(v, float) for v in panels.values()]
     low, high = limits or (min(map(np.nanmin, values)), max(map(np.nanmax, values)))
     n_rows, n_columns = values[0].shape
-    height = size or min(WIDTH / len(values) * n_rows / n_columns + 0.7, 6.0)
+    widest = max(map(len, rows or [""]))  # letters; about 0.075 inches each
+    room = (WIDTH - 1.0 - 0.075 * widest) / len(values)
+    height = size or min(room * n_rows / n_columns + 0.6, 6.0)
     fig, axes = plt.subplots(1, len(values), figsize=(WIDTH, height), squeeze=False)
     scale = plt.Normalize(low, high)
     for axis, name, value in zip(axes[0], panels, values, strict=True):
-        image = axis.imshow(value, norm=scale, cmap=colours, aspect="auto" if size else "equal")
+        image = axis.imshow(value, norm=scale, cmap=colours, aspect="auto")
         axis.set_title(name)
         axis.spines[:].set_visible(False)
         axis.tick_params(length=0)
         axis.set_xticks(range(n_columns), columns or [""] * n_columns)
         axis.set_yticks(range(n_rows), (rows if axis is axes[0, 0] else None) or [""] * n_rows)
-        if columns and max(map(len, columns)) * n_columns * len(values) > 85:
+        if columns and 0.065 * max(map(len, columns)) * n_columns > room:
             plt.setp(axis.get_xticklabels(), rotation=45, ha="right", rotation_mode="anchor")
         axis.set_xlabel(column_label)
         if number:
             _write_numbers(axis, value, number, image)
     axes[0, 0].set_ylabel(row_label)
-    fig.colorbar(image, ax=axes[0].tolist(), label=label, shrink=0.8, pad=0.02)
+    fig.colorbar(image, ax=axes[0].tolist(), label=label, pad=0.02, aspect=25)
     if title:
         fig.suptitle(title, x=0.01, ha="left", fontsize=10)
     return fig
@@ -349,7 +351,7 @@ def ranked(
     """Values in ascending order as thin bars; groups of them stand out by colour and hatching.
 
     Args:
-        groups: name for the legend -> indices into ``values``; the first group that has it counts.
+        groups: name for the legend -> indices into ``values``; the last group that has it counts.
         label: of the value axis, with the unit.
         items: what the bars are ("views").
         rest: name of the bars in no group.
@@ -359,7 +361,7 @@ def ranked(
     fig, axis = plt.subplots(figsize=(WIDTH, 2.4))
     styles = [("blue", "////"), ("orange", "xxxx"), ("green", "....")]
     taken = np.full(len(values), -1)
-    for g, indices in reversed(list(enumerate(groups.values()))):
+    for g, indices in enumerate(groups.values()):
         taken[list(indices)] = g
     width = 0.9 if len(values) <= 100 else 1.0
     wide = max(width, len(values) / 70)  # a highlighted bar must be seen
