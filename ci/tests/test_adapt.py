@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from tpt_nb import adapt
-from tpt_nb.losses import LOSSES, entropy, marginal_entropy, select_confident
+from tpt_nb.losses import entropy, marginal_entropy, select_confident
 from tpt_nb.prompts import Prompts, TemplatePrompts
 
 NAMES = ["cat", "hot air balloon", "fire_engine", "dog", "bus"]
@@ -227,7 +227,7 @@ def test_tpt_starts_where_zero_shot_ends(prompts32):
     assert torch.equal(tuned.selected, votes.selected)
 
 
-@pytest.mark.parametrize("loss", sorted(LOSSES))
+@pytest.mark.parametrize("loss", ["marginal_entropy", "mean_entropy"])
 def test_one_view_one_class_one_image(mini, loss):
     prompts = Prompts(mini, ["cat"])
     features = views_of(prompts, 1, 1)
