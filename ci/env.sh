@@ -5,7 +5,7 @@
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 setup() {
-  local lists="requirements.txt ci/requirements-test.txt ci/constraints.txt pyproject.toml"
+  local lists="requirements.txt ci/requirements-test.txt ci/constraints.txt"
   local stamp=.venv/installed want quiet=-qq
   if ! .venv/bin/python -c pass 2>/dev/null; then
     if ! python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
@@ -27,6 +27,7 @@ setup() {
     return 1
   fi
   echo "$want" >"$stamp"
+  echo "Installed ($SECONDS s)."
 }
 
 # limit SECONDS COMMAND...: end a command that hangs (exit code 124), where the system can

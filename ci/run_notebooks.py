@@ -312,7 +312,8 @@ def print_tables(report: dict, results: list[Result], out: Path) -> None:
         widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
         print()
         for row in table:
-            print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)))
+            cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+            print("  ".join(cells).rstrip())
         if any(run["model"] == "mini" for run in report["runs"]):
             print(NOTE)
     print()
