@@ -135,7 +135,7 @@ class _Subset:
     positions: tuple[int, ...]
 
     def __call__(self, i: int) -> Image.Image:
-        return self.whole.fetch(self.positions[i])
+        return self.whole[self.positions[i]][0]
 
 
 def subset(whole: Dataset, positions: list[int]) -> Dataset:

@@ -59,7 +59,7 @@ class RunConfig:
     root: str = _option("", "folder of the images, for data sets that are not embedded")
     model: str = _option("auto", "mini, an OpenAI CLIP (RN50 ...), model@tag of open_clip, a file")
     profile: str = _option("auto", "full (RN50, ImageNet-A), mini (embedded), auto: what is there")
-    method: str = _option("tpt", "zero_shot, confident_view, tpt ...; zero_shot sets n_aug to 0")
+    method: str = _option("tpt", "zero_shot (looks at the image only), confident_view, tpt ...")
     device: str = _option("auto", "cpu, cuda, cuda:1 ...; auto: cuda where there is one")
     ctx_init: str = _option("a photo of a", "words that the context starts from; '' for n_ctx")
     n_ctx: int | None = _option(None, "context tokens; without ctx_init they start at random")
@@ -67,10 +67,11 @@ class RunConfig:
     class_token_position: str = _option("end", "of the class name: end, middle or front")
     csc: bool = _option(False, "class-specific context: a context for each class")
     templates: str = _option("", "single or seven: an ensemble of sentences instead of a context")
-    augmenter: str = _option("random", "how views are made: random (crops, as in TPT) ...")
+    augmenter: str = _option("random", "how views are made: random (crops, as in TPT), patch")
     n_aug: int = _option(63, "augmented views of an image (and of each patch)")
-    n_patches: int = _option(0, "patches of an image (the patch augmenter)")
-    overlap: float = _option(0.0, "overlap of the patches, a fraction of their side")
+    n_patches: int = _option(0, "patches of an image (patch): the largest square up to this")
+    overlap: float = _option(0.0, "of the patches, a fraction of their side on each side, 0 to 1")
+    crop_side: float | None = _option(None, "side of random crops, in (0,1] of the image's")
     augmix: bool = _option(False, "AugMix on the views")
     augmix_ops: str = _option("tpt", "operations of AugMix: tpt or torchvision")
     severity: int = _option(1, "severity of AugMix, 1 to 10")
@@ -153,7 +154,8 @@ def validate(config: RunConfig) -> None:
         "selection_p_all": (lambda x: 0 < x <= 1, "a fraction in (0, 1], as rho of TPT"),
         "selection_p_patch": (lambda x: 0 < x <= 1, "a fraction in (0, 1]"),
         "learning_rate": (lambda x: 0 < x < math.inf, "a positive number"),
-        "overlap": (lambda x: 0 <= x < math.inf, "0 or a positive fraction"),
+        "overlap": (lambda x: 0 <= x <= 1, "from 0 (patches touch) to 1 (each grows by itself)"),
+        "crop_side": (lambda x: 0 < x <= 1, "a fraction in (0, 1], or nothing for TPT's crops"),
         "alpha_exponential_weightening": (math.isfinite, "a finite number"),
         "severity": (lambda x: 1 <= x <= 10, "a whole number from 1 to 10"),
         "n_aug": (lambda x: x >= 0, "0 or more"),
@@ -181,6 +183,26 @@ def validate(config: RunConfig) -> None:
     _check_name("method", config.method, adapt.METHODS)
     _check_name("loss", config.loss, losses.LOSSES)
     _check_name("augmenter", config.augmenter, views.AUGMENTERS)
+    takes = views.AUGMENTERS[config.augmenter].__dataclass_fields__
+    for name in ("n_patches", "overlap", "crop_side", "autoaugment"):
+        value = getattr(config, name)
+        if name not in takes and value != getattr(RunConfig, name):
+            raise ValueError(
+                f"{name}={value!r} means nothing to augmenter {config.augmenter!r}; it is for "
+                f"{', '.join(n for n, a in views.AUGMENTERS.items() if hasattr(a, name))}."
+            )
+    if "loss" in inspect.signature(adapt.METHODS[config.method]).parameters:
+        _check_loss(config, "n_patches" in takes)
+
+
+def _check_loss(config: RunConfig, patches: bool) -> None:
+    """Raise ``ValueError`` if the loss cannot work on the views that the augmenter will make."""
+    import torch
+
+    groups = ((math.isqrt(config.n_patches) ** 2 if patches else 0) + 1, config.n_aug + 1)
+    loss = make_loss(config, groups)
+    if hasattr(loss, "select"):
+        loss.select(torch.zeros(math.prod(groups), 1), config.selection_p_all)
 
 
 def _check_name(name: str, value: str, known: typing.Iterable[str]) -> None:
@@ -233,8 +255,10 @@ def resolve(config: RunConfig) -> tuple[RunConfig, str]:
             raise ValueError(f"device {config.device!r}: there is no CUDA GPU here; use cpu.")
     if config.learning_rate is None:
         changed["learning_rate"] = default_learning_rate(model)
-    if config.method == "zero_shot":
-        changed["n_aug"] = 0  # the other views are not looked at
+    if config.method == "zero_shot":  # the other views are not looked at
+        usual = RunConfig()
+        names = ("augmenter", "n_patches", "overlap", "crop_side", "augmix", "autoaugment")
+        changed |= {name: getattr(usual, name) for name in names} | {"n_aug": 0}
     for name, hint in typing.get_type_hints(RunConfig).items():
         value = changed.get(name, getattr(config, name))
         if hint in (float, float | None) and value is not None:
@@ -448,6 +472,8 @@ def run(config: RunConfig | Mapping, progress: bool = True) -> Run:
     method = adapt.METHODS[resolved.method]
     done = len(records)
     params = method_params(resolved, method)
+    if "loss" in params:
+        params["loss"] = make_loss(resolved, augmenter.groups)
     with _bar(len(features.ids), done, resolved.method, progress) as bar:
         for fresh in _adapt_rest(path, features, done, method, params, prompts, clip):
             records += fresh
@@ -520,6 +546,19 @@ def make_prompts(config: RunConfig, clip, classnames: list[str]):
         class_token_position=config.class_token_position,
         class_specific=config.csc,
         seed=config.seed,
+    )
+
+
+def make_loss(config: RunConfig, groups: tuple[int, int]):
+    """The loss of a configuration for views that lie in these groups (``augmenter.groups``)."""
+    from tpt_nb.losses import get_loss
+
+    return get_loss(
+        config.loss,
+        groups=groups,
+        rho_patch=config.selection_p_patch,
+        alpha=config.alpha_exponential_weightening,
+        overlap=config.overlap,
     )
 
 

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from tpt_nb.encode import encode
+from tpt_nb.datasets import load
 from tpt_nb.folder import load_folder, read_rgb
 from tpt_nb.views import RandomViews
 
@@ -104,6 +105,13 @@ def test_empty_and_wrong_folders(tmp_path):
         load_folder(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="is a file"):
         load_folder(tmp_path / "loose.png")
+
+
+def test_a_subset_has_the_images_of_its_ids(root):
+    part = load("folder", n=2, root=root)
+    assert len(part) == 2 < len(load_folder(root))
+    for i, image_id in enumerate(part.ids):
+        assert np.array_equal(np.asarray(part[i][0]), np.asarray(read_rgb(root / image_id)))
 
 
 def test_fingerprint_is_of_paths_and_sizes(root, tmp_path):
