@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from tpt_nb.encode import encode
 from tpt_nb.datasets import load
+from tpt_nb.encode import encode
 from tpt_nb.folder import load_folder, read_rgb
 from tpt_nb.views import RandomViews
 
