@@ -460,9 +460,10 @@ def curves(
             axis.annotate(
                 "used",
                 (used, 1),
-                (3, -9),
+                (0, 2),
                 xycoords=axis.get_xaxis_transform(),
                 textcoords="offset points",
+                ha="center",
                 color="#8A5F00",
                 fontsize=8,
             )
