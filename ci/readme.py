@@ -1,7 +1,8 @@
-"""Write the README's table of results from ``data/miniclip/evaluation.json``.
+"""Write the numbers in the README and in the data cards from the files that measured them.
 
-``python ci/readme.py`` writes the table between the markers, ``--check`` fails if the README is not
-what it would write. Numbers are never typed by hand.
+``python ci/readme.py`` writes each section between its markers (``<!-- name:begin -->`` and
+``<!-- name:end -->``), ``--check`` fails if a page is not what it would write. Numbers are never
+typed by hand.
 """
 
 import argparse
@@ -10,10 +11,8 @@ import sys
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parent.parent
-README = REPO / "README.md"
-EVALUATION = REPO / "data" / "miniclip" / "evaluation.json"
-BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
-MISSING = "Not measured yet: `python data/miniclip/evaluate.py --write` measures them."
+MINICLIP, ICONSHIFT = REPO / "data" / "miniclip", REPO / "data" / "iconshift"
+MISSING = "Not measured yet: the file {} is missing."
 
 VARIANTS = {
     "iconshift": "I: as in training",
@@ -57,32 +56,117 @@ def percent(fraction: float) -> str:
     return f"{100 * fraction:.1f}"
 
 
-def rendered(text: str, evaluation: dict | None) -> str:
-    """The README with the table between the markers; ``ValueError`` if they are not there once."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"README.md must hold {BEGIN} and {END} once each")
-    before, rest = text.split(BEGIN)
-    body = MISSING if evaluation is None else table(evaluation)
-    return f"{before}{BEGIN}\n{body}\n{END}{rest.split(END)[1]}"
+def training(rows: list[dict]) -> str:
+    """What the log of the training says: its last row."""
+    last = rows[-1]
+    return (
+        f"{last['step']:,} steps, {last['seconds'] / 60:.0f} minutes on two CPU cores (bfloat16 "
+        "autocast, the cores shared with other work at times). At the end: loss "
+        f"{last['loss']:.2f}, logit scale {last['scale']:.1f}; zero-shot "
+        f"{percent(last['iconshift-v2'])} % on 400 scenes of `iconshift-v2`, "
+        f"{percent(last['iconshift-dev'])} % on 400 of `iconshift-dev`."
+    )
+
+
+def coop(report: dict) -> str:
+    """How the CoOp context was trained, from ``coop.json``."""
+    tried = "; ".join(
+        f"{'the start' if row['lr'] is None else 'rate ' + format(row['lr'], 'g')}: "
+        f"{percent(row['iconshift-v2'])} / {percent(row['iconshift-dev'])}"
+        for row in report["tried"]
+    )
+    return (
+        f"{report['epochs']} epochs at rate {report['lr']:g}; tried (accuracy in % on "
+        f"`iconshift-v2` / `iconshift-dev`): {tried}. {report['seconds']} seconds on two CPU cores."
+    )
+
+
+def rates(config: dict) -> str:
+    """The curve over learning rates, from ``config.json``."""
+    lines = [
+        "| rate | shift | V2, one prompt | V2, CoOp | dev, one prompt | dev, CoOp | mean |",
+        "| ---: " * 7 + "|",
+    ]
+    columns = [f"{v}/{p}" for v in ("iconshift-v2", "iconshift-dev") for p in ("single", "coop")]
+    for row in config["curve"]:
+        mark = "**" if row["lr"] == config["tpt_lr"] else ""
+        gains = [f"{100 * row[key]:+.1f}" for key in (*columns, "mean_gain")]
+        cells = [f"{mark}{row['lr']:g}{mark}", f"{row['text_shift']:.3f}", *gains]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n\nGains in points of accuracy."
+
+
+def adversarial(kept: dict) -> str:
+    """What the reference classifier of the filter reaches, from ``filter-a.json``."""
+    return (
+        f"That classifier is right on {percent(kept['reference_accuracy_iconshift_v2'])} % of "
+        f"`iconshift-v2` and on {percent(kept['reference_accuracy_candidates'])} % of the "
+        f"candidates; {len(kept['kept']):,} images stay."
+    )
+
+
+EVALUATION = MINICLIP / "evaluation.json"
+SECTIONS = [  # page, name of the section, file of the numbers, how to say them
+    (REPO / "README.md", "results", EVALUATION, table),
+    (MINICLIP / "README.md", "results", EVALUATION, table),
+    (MINICLIP / "README.md", "training", MINICLIP / "training.jsonl", training),
+    (MINICLIP / "README.md", "coop", MINICLIP / "coop.json", coop),
+    (MINICLIP / "README.md", "rate", MINICLIP / "config.json", rates),
+    (ICONSHIFT / "README.md", "filter", ICONSHIFT / "filter-a.json", adversarial),
+]
+
+
+def read(path: Path):
+    """A JSON file, or the rows of a JSON-lines file; None if there is no such file."""
+    if not path.is_file():
+        return None
+    text = path.read_text(encoding="utf-8")
+    return (
+        [json.loads(line) for line in text.splitlines()]
+        if path.suffix == ".jsonl"
+        else json.loads(text)
+    )
+
+
+def rendered(text: str, name: str, body: str) -> str:
+    """The page with ``body`` in the section; ``ValueError`` unless it has the section once."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise ValueError(f"the page must hold {begin} and {end} once each")
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n{body}\n{end}{rest.split(end)[1]}"
+
+
+def pages() -> dict[Path, str]:
+    """Each page as it should be."""
+    out = {}
+    for page, name, source, say in SECTIONS:
+        text = out.get(page) or page.read_text(encoding="utf-8")
+        numbers = read(source)
+        body = MISSING.format(source.name) if numbers is None else say(numbers)
+        try:
+            out[page] = rendered(text, name, body)
+        except ValueError as error:
+            raise ValueError(f"{page}: {error}") from None
+    return out
 
 
 def main() -> int:
     """The command; returns the exit code."""
-    parser = argparse.ArgumentParser(description="Write the README's table of results.")
-    parser.add_argument("--check", action="store_true", help="only compare; exit 1 if it differs")
-    check = parser.parse_args().check
-    text = README.read_text(encoding="utf-8")
-    evaluation = json.loads(EVALUATION.read_text()) if EVALUATION.is_file() else None
-    new = rendered(text, evaluation)
-    if new == text:
-        print("README.md: the table is that of the measurements")
-        return 0
-    if check:
-        print("README.md: the table is not that of the measurements; run python ci/readme.py")
-        return 1
-    README.write_text(new, encoding="utf-8")
-    print("README.md: table written")
-    return 0
+    parser = argparse.ArgumentParser(description="Write the numbers in README and data cards.")
+    parser.add_argument("--check", action="store_true", help="only compare; exit 1 if one differs")
+    check, bad = parser.parse_args().check, 0
+    for page, new in pages().items():
+        name = page.relative_to(REPO)
+        if new == page.read_text(encoding="utf-8"):
+            print(f"{name}: the numbers are those of the measurements")
+        elif check:
+            print(f"{name}: the numbers are not those of the measurements; run python ci/readme.py")
+            bad = 1
+        else:
+            page.write_text(new, encoding="utf-8")
+            print(f"{name}: numbers written")
+    return bad
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
-"""The README's table comes from the measurements and from nowhere else."""
+"""The numbers in README and cards come from the measurements and from nowhere else."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -9,7 +10,7 @@ REPO = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPO / "ci"))
 import readme  # noqa: E402
 
-README = f"before\n{readme.BEGIN}\nold\n{readme.END}\nafter\n"
+PAGE = "before\n<!-- results:begin -->\nold\n<!-- results:end -->\nafter\n"
 
 
 def evaluation() -> dict:
@@ -27,26 +28,37 @@ def test_table_has_every_variant_and_method_with_intervals():
 
 
 def test_rendering_is_stable_and_touches_nothing_else():
-    new = readme.rendered(README, evaluation())
-    assert new.startswith("before\n") and new.endswith("\nafter\n") and "old" not in new
-    assert readme.rendered(new, evaluation()) == new
-    assert readme.MISSING in readme.rendered(README, None)
+    new = readme.rendered(PAGE, "results", "new")
+    assert new == PAGE.replace("old", "new")
+    assert readme.rendered(new, "results", "new") == new
 
 
-@pytest.mark.parametrize("text", ["no markers", README + README, readme.BEGIN])
+@pytest.mark.parametrize("text", ["no markers", PAGE + PAGE, "<!-- results:begin -->"])
 def test_markers_must_be_there_once(text):
     with pytest.raises(ValueError, match="once each"):
-        readme.rendered(text, None)
+        readme.rendered(text, "results", "new")
 
 
 def test_check_fails_on_a_typed_number(tmp_path, monkeypatch):
-    monkeypatch.setattr(readme, "README", tmp_path / "README.md")
-    monkeypatch.setattr(readme, "EVALUATION", tmp_path / "none.json")
-    readme.README.write_text(README)
-    monkeypatch.setattr(sys, "argv", ["readme.py", "--check"])
-    assert readme.main() == 1
-    assert readme.README.read_text() == README  # only compared
-    monkeypatch.setattr(sys, "argv", ["readme.py"])
-    assert readme.main() == 0
-    monkeypatch.setattr(sys, "argv", ["readme.py", "--check"])
-    assert readme.main() == 0
+    page, numbers = tmp_path / "README.md", tmp_path / "evaluation.json"
+    sections = [(page, "results", numbers, readme.table)]
+    monkeypatch.setattr(readme, "SECTIONS", sections)
+    monkeypatch.setattr(readme, "REPO", tmp_path)
+    page.write_text(PAGE)
+
+    def run(*arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["readme.py", *arguments])
+        return readme.main()
+
+    assert run("--check") == 1
+    assert page.read_text() == PAGE  # only compared
+    assert run() == 0 and run("--check") == 0
+    assert "evaluation.json is missing" in page.read_text()
+    numbers.write_text(json.dumps(evaluation()))
+    assert run("--check") == 1 and run() == 0
+    page.write_text(page.read_text().replace("30.5", "31.5"))
+    assert run("--check") == 1
+
+
+def test_every_section_has_its_markers():
+    assert len(readme.pages()) == 3
