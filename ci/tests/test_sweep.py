@@ -1,0 +1,187 @@
+"""ci/sweep.py: grids, one table, features encoded once, failures that stop nothing, kills."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from test_experiment import world  # noqa: F401 (a fixture)
+
+from tpt_nb import metrics
+from tpt_nb.experiment import RunConfig, load_run, validate
+
+REPO = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(REPO / "ci"))
+import sweep  # noqa: E402
+
+ROWS = [
+    {"label": "prompt", "method": "zero_shot", "reported": 12.5},
+    {"label": "TPT"},
+    {"label": "wrong", "loss": "patch_los1"},
+    {"label": "grid", "augmenter": "patch", "n_aug": 2, "n_patches": 4,
+     "overlap": [0.0, 0.4], "loss": ["defaultTPT", "patch_loss2_study"]},
+    {"label": "no such file", "model": "/nowhere/model.pt"},
+]  # fmt: skip
+
+
+@pytest.fixture
+def grid(world, tmp_path, monkeypatch):  # noqa: F811
+    """A grid file over the small world, with a cache of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    common = {**world, "cache": str(tmp_path / "cache"), "learning_rate": 0.05}
+    text = yaml.safe_dump({"baseline": "TPT", "common": common, "rows": ROWS}, sort_keys=False)
+    (tmp_path / "small.yaml").write_text(text)
+    return tmp_path / "small.yaml"
+
+
+def test_a_sweep(grid, capsys):
+    command = [str(grid), "--reduced_size", "12", "--json", "--jobs", "2"]
+    assert sweep.main(command) == 1  # two rows cannot work
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    labels = ["prompt", "TPT", *(f"grid overlap={o} loss={loss}" for o in (0.0, 0.4)
+              for loss in ("defaultTPT", "patch_loss2_study"))]  # fmt: skip
+    assert [row["label"] for row in result["rows"]] == labels
+    assert {f["label"] for f in result["failed"]} == {"wrong", "no such file"}
+    assert "did you mean 'patch_loss1'" in result["failed"][0]["error"]
+
+    runs = {row["label"]: load_run(f"runs/small/{row['run']}") for row in result["rows"]}
+    for row in result["rows"]:
+        done = runs[row["label"]]
+        assert row["n"] + row["failed_images"] == 12 == done.config.reduced_size
+        assert row["accuracy"] == metrics.accuracy(done.records)
+        assert metrics.changes(done.records) == {k: row[k] for k in ("improved", "worsened")}
+        paired = metrics.compare(runs["TPT"].records, done.records)
+        assert row["p_vs_baseline"] == paired["p_value"]
+        assert row["gain_vs_baseline"] == paired["gain"]
+        assert [row["ci_low"], row["ci_high"]] == paired["accuracy_b_ci95"]
+    assert result["rows"][0]["reported"] == 12.5 and result["rows"][1]["reported"] is None
+    # each of the four sets of views was encoded by one row
+    assert sorted(done.summary["encoded"] for done in runs.values()) == [0, 0] + [
+        done.summary["n"] for done in list(runs.values())[:4]
+    ]
+
+    text = Path("runs/small/table.md").read_text()
+    assert text.count("\n| ") == 7 and "- wrong: unknown loss" in text
+    with open("runs/small/table.csv") as file:
+        table = list(csv.DictReader(file))
+    assert [row["label"] for row in table] == labels
+    assert float(table[3]["p_vs_baseline"]) == result["rows"][3]["p_vs_baseline"]
+
+    records = {path: path.read_bytes() for path in Path("runs/small").glob("*/records.jsonl")}
+    assert sweep.main([*command[:3], "--jobs", "1"]) == 1  # again: everything is there
+    assert "patch_loss2_study: " in capsys.readouterr().out
+    assert {p: p.read_bytes() for p in Path("runs/small").glob("*/records.jsonl")} == records
+    with open("runs/small/table.csv") as file:
+        assert list(csv.DictReader(file)) == table
+
+
+def test_a_killed_sweep_leaves_no_process_and_goes_on(grid, capsys):
+    few = yaml.safe_load(grid.read_text())
+    few["rows"] = [{"label": "TPT"}, {"label": "more", "n_aug": 9}]
+    grid.write_text(yaml.safe_dump(few))
+    command = [sys.executable, str(REPO / "ci" / "sweep.py"), str(grid), "--jobs", "1"]
+    command += ["--reduced_size", "24", "--out", "here"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    deadline = time.time() + 120
+    while not list(Path("here").glob("*/records.jsonl")) and time.time() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    sizes = []
+    for _ in range(2):  # nobody writes any more
+        time.sleep(1)
+        sizes.append([p.stat().st_size for p in Path(".").glob("**/*.*") if p.is_file()])
+    assert sizes[0] == sizes[1] and not Path("here/table.csv").exists()
+    assert sweep.main([*command[2:], "--json"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert len(result["rows"]) == 2 and all(row["n"] >= 23 for row in result["rows"])
+
+
+def test_a_row_that_crashes_stops_nothing(tmp_path, monkeypatch, capsys):
+    rows = [sweep.Row(label, {}, config=RunConfig(), folder=tmp_path / label, features=label)
+            for label in ("dies", "lives", "raises")]  # fmt: skip
+    monkeypatch.setattr(sweep, "child", crash)
+    sweep.run_rows(rows, tmp_path, jobs=2)
+    assert "killed by signal 9" in rows[0].error
+    assert rows[1].error == ""
+    assert rows[2].error == "RuntimeError: out of luck"
+    assert "[3/3]" in capsys.readouterr().out
+
+
+def crash(values, log, label, threads):
+    log.write_text("")
+    if label == "dies":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if label == "raises":
+        log.write_text("Traceback ...\nRuntimeError: out of luck\n")
+        raise SystemExit(1)
+
+
+def test_rows_that_share_views_wait_for_the_first(tmp_path):
+    rows = [sweep.Row(str(i), {}, features=f, folder=tmp_path / str(i))
+            for i, f in enumerate("aabb")]  # fmt: skip
+    a, a2, b, b2 = rows
+    assert sweep.startable(rows, [], set()) is a
+    assert sweep.startable([a2, b, b2], [a], set()) is b  # other views at the same time
+    assert sweep.startable([a2, b2], [a, b], set()) is None
+    assert sweep.startable([a2, b2], [b], {"a"}) is a2
+    twin = sweep.Row("twin", {}, features="a", folder=a.folder)
+    assert sweep.startable([twin], [a], {"a"}) is None  # the same run under another label
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("rows: [", "is not YAML"),
+        ("- 1", "a mapping with a list of rows"),
+        ("rows: []", "a mapping with a list of rows"),
+        ("rows: [3]", "row 1 is 3"),
+        ("rows: [{n_aug: 1}]\nbasline: x", "'basline'; did you mean 'baseline'"),
+        ("rows: [{label: a}]\nbaseline: b", "unknown baseline 'b'"),
+        ("rows: [{label: a}, {label: a}]", "two rows are called 'a'"),
+    ],
+)
+def test_a_file_that_is_no_grid_is_one_line(tmp_path, capsys, text, message):
+    (tmp_path / "g.yaml").write_text(text)
+    assert sweep.main([str(tmp_path / "g.yaml"), "--out", str(tmp_path / "out")]) == 2
+    err = capsys.readouterr().err
+    assert message in err and len(err.strip().splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_file_and_no_such_option(tmp_path, capsys):
+    assert sweep.main([str(tmp_path / "g.yaml")]) == 2
+    assert "g.yaml" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        sweep.main(["g.yaml", "--n_augs", "3"])
+    assert stop.value.code == 2
+
+
+@pytest.mark.parametrize("name, number", [("study", 28), ("corrected", 28)])
+def test_the_grids_that_ship_are_right(name, number):
+    baseline, rows = sweep.read_grid(REPO / "notebooks" / "sweeps" / f"{name}.yaml", {})
+    assert baseline == "TPT" and len(rows) == number
+    for row in rows:
+        validate(RunConfig.from_dict(row.values))
+    if name == "study":
+        adapted = [row for row in rows if row.values.get("method") != "zero_shot"]
+        assert len(adapted) == 27 and all(row.reported for row in rows)
+        views = {(r.values.get("augmenter"), r.values.get("n_aug"), r.values.get("n_patches"),
+                  r.values.get("overlap"), r.values.get("augmix")) for r in adapted}  # fmt: skip
+        assert len(views) == 13
+
+
+def test_overrides_win(tmp_path):
+    (tmp_path / "g.yaml").write_text("rows: [{n_aug: [1, 2], seed: 3}]\ncommon: {seed: 1, lr: 2}")
+    _, rows = sweep.read_grid(tmp_path / "g.yaml", {"seed": 9})
+    assert [row.values for row in rows] == [{"seed": 9, "lr": 2, "n_aug": n} for n in (1, 2)]
+    assert [row.label for row in rows] == ["n_aug=1", "n_aug=2"]
+    sweep.prepare(rows, tmp_path)
+    assert all("unknown parameter 'lr'" in row.error for row in rows)
