@@ -10,6 +10,7 @@ import difflib
 import html
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -374,6 +375,7 @@ Everything in <a href="{RESULTS}">{RESULTS}</a>; intervals are 95 %.</p>
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that kernels are ended, too
     try:
         sys.exit(main())
     except KeyboardInterrupt:

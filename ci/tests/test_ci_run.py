@@ -3,9 +3,11 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import nbformat
+import psutil
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
@@ -179,6 +181,25 @@ def test_quiet_stop_is_a_failure(tmp_path):
     notebook.cells[3].execution_count = 3
     nbformat.write(notebook, path)
     assert verdict(path, 0) == ("", "")
+
+
+def test_ending_the_command_ends_the_kernel(tmp_path):
+    pid = tmp_path / "pid"
+    source = f"import os, time\nopen({str(pid)!r}, 'w').write(str(os.getpid()))\ntime.sleep(300)"
+    write(tmp_path / "01_long.ipynb", [source])
+    command = [sys.executable, str(REPO / "ci" / "run_notebooks.py"), "--out", str(tmp_path / "o")]
+    process = subprocess.Popen([*command, "--notebooks", str(tmp_path)])
+    wait_for(lambda: pid.is_file() and pid.read_text())
+    process.terminate()
+    assert process.wait(60) == 143
+    wait_for(lambda: not psutil.pid_exists(int(pid.read_text())))
+
+
+def wait_for(condition, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.1)
 
 
 def test_papermill_that_never_started_is_a_failure(tmp_path):
