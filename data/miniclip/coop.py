@@ -43,7 +43,7 @@ def accuracy(model: tclip.Clip, ctx: torch.Tensor | None, sets: dict) -> dict[st
     """Top-1 of view 0 under a context (None: "a photo of a") on encoded sets."""
     text = Prompts(model, iconshift.classnames()).text_features(ctx)
     return {
-        name: float(((features @ text.T).argmax(1) == targets).float().mean())
+        name: round(float(((features @ text.T).argmax(1) == targets).float().mean()), 4)
         for name, (features, targets) in sets.items()
     }
 
@@ -61,7 +61,7 @@ def validation(model: tclip.Clip, n: int = 1000) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--lr", type=float, nargs="+", default=[0.002, 0.02])
     parser.add_argument("--model", default="mini")
     parser.add_argument("--out", type=Path, default=HERE)

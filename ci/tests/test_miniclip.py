@@ -1,0 +1,185 @@
+"""MiniCLIP: its training recipe, the shipped weights, and the marks that its world must reach."""
+
+import json
+import re
+import sys
+import warnings
+from argparse import Namespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tpt_nb import clip as tclip
+from tpt_nb import datasets, iconshift
+from tpt_nb.paths import DATA, REPO
+from tpt_nb.prompts import TEMPLATES, Prompts, TemplatePrompts, load_coop
+from tpt_nb.views import RandomViews
+
+HERE = DATA / "miniclip"
+sys.path.insert(0, str(HERE))
+
+import captions  # noqa: E402
+import train  # noqa: E402
+
+EVALUATION = json.loads((HERE / "evaluation.json").read_text())
+
+
+# --- the recipe ----------------------------------------------------------------------------------
+
+
+def random_facts(rng: np.random.Generator) -> np.ndarray:
+    return captions.facts(
+        rng.choice(list(captions.STYLE_WORDS)), rng.choice(captions.TREATMENTS), rng.random(),
+        rng.random(), rng.random(), rng.choice(captions.TEXTURES), int(rng.integers(-25, 26)),
+        int(rng.integers(0, 4)), bool(rng.random() < 0.5),
+    )  # fmt: skip
+
+
+def test_a_caption_states_only_what_is_true_of_its_image():
+    rng = np.random.default_rng(0)
+    for _ in range(500):
+        true = random_facts(rng)
+        text, stated = captions.caption("zebra", true, rng)
+        assert true[stated].all()
+        assert text.count("zebra") == 1
+        said = text.replace("zebra", "")
+        for fact in (*captions.SIZES, "striped", "checkered", "inverted", "on the left"):
+            key = {"on the left": "left"}.get(fact, fact)
+            if fact in said and captions.INDEX[key] not in stated:
+                assert text in [t.format("zebra") for t in captions.NEUTRAL], text
+
+
+def test_sizes_and_places_are_as_named():
+    def named(side, x, y):
+        true = captions.facts("noto", "natural", side, x, y, "plain", 0, 0, False)
+        return {f for f in captions.FACTS if true[captions.INDEX[f]]}
+
+    assert {"tiny", "small", "left", "top"} <= named(0.3, 0.2, 0.2)
+    assert {"large", "huge", "middle"} <= named(1.0, 0.5, 0.5)
+    assert not named(0.6, 0.5, 0.8) & {"tiny", "small", "large", "huge", "middle", "left", "right"}
+
+
+def test_the_vocabulary_holds_every_token_of_every_caption():
+    names = iconshift.classnames()
+    seen = set(tclip.open_clip.tokenize(captions.vocabulary(names)).unique().tolist())
+    rng = np.random.default_rng(1)
+    texts = [captions.caption(n, random_facts(rng), rng)[0] for n in names for _ in range(5)]
+    assert set(tclip.open_clip.tokenize(texts).unique().tolist()) <= seen
+
+
+def test_with_one_positive_each_the_loss_is_clips():
+    g = torch.Generator().manual_seed(0)
+    image, text = torch.randn(6, 8, generator=g), torch.randn(6, 8, generator=g)
+    ours = train.contrastive_loss(image, text, torch.eye(6, dtype=torch.bool), torch.tensor(10.0))
+    logits = 10 * F.normalize(image, dim=1) @ F.normalize(text, dim=1).T
+    rows, columns = (F.cross_entropy(z, torch.arange(6)) for z in (logits, logits.T))
+    assert torch.allclose(ours, (rows + columns) / 2)
+
+
+def test_a_batch_depends_on_seed_and_step_alone_and_marks_true_captions():
+    painted = [train._paint(i) for i in range(400)]
+    bank = torch.stack([torch.from_numpy(a.copy()).permute(2, 0, 1) for a, _ in painted])
+    specs = [s for _, s in painted]
+    args, names = Namespace(seed=0, classes=8, per_class=3, steps=10), iconshift.classnames()
+    images, texts, positive, neutral, target = train.batch(bank, specs, 5, args, names)
+    again = train.batch(bank, specs, 5, args, names)
+    assert torch.equal(images, again[0]) and texts == again[1]
+    assert train.batch(bank, specs, 6, args, names)[1] != texts
+    assert train.difficulty(5, 10) == 1 and train.difficulty(0, 10) == 0
+    assert images.shape == (24, 3, 64, 64) and images.min() >= 0 and images.max() <= 1
+    assert positive.diagonal().all()  # a caption is true of its own image
+    named = [max((n for n in names if re.search(rf"\b{n}\b", t)), key=len) for t in texts]
+    assert [names[t] for t in target] == named
+    assert len(neutral) == 200 and all(n in t for n, t in zip(names, neutral, strict=True))
+    for j in range(24):
+        assert all(named[i] == named[j] for i in range(24) if positive[i, j])
+        if texts[j] == f"a photo of a {named[j]}.":  # true of every image of the class
+            assert positive[:, j].sum() == 3
+
+
+# --- what ships ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def mini():
+    return tclip.load("mini")
+
+
+def test_size_of_what_ships():
+    files = ["miniclip.safetensors", "coop.pth.tar"]
+    assert sum((HERE / f).stat().st_size for f in files) <= 12_000_000
+    body = sum(p.numel() for n, p in tclip.build_mini(0).named_parameters() if "token" not in n)
+    assert 3e6 <= body <= 6e6
+
+
+def test_every_prompt_of_the_course_is_made_of_seen_tokens(mini):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Prompts(mini, iconshift.classnames()).text_features()
+        for name in TEMPLATES:
+            TemplatePrompts(mini, iconshift.classnames(), name)
+
+
+def test_an_unseen_token_warns_and_is_named(mini):
+    with pytest.warns(UserWarning, match="zeppelin"):
+        mini.tokenizer(["a photo of a zeppelin."])
+
+
+def test_coop_context_has_coops_layout(mini):
+    ctx = load_coop(HERE / "coop.pth.tar", 4, mini.ctx_dim)
+    raw = torch.load(HERE / "coop.pth.tar", weights_only=True)
+    assert torch.equal(raw["state_dict"]["ctx"].float(), ctx) and raw["epoch"] > 0
+
+
+def test_evaluation_agrees_with_the_shipped_weights(mini):
+    """Zero-shot on 300 fresh looks lies within the interval of the stored accuracy, widened."""
+    data = datasets.load("iconshift-r", n=300)
+    centre = RandomViews(n_aug=0, size=64)
+    with torch.no_grad():
+        features = mini.encode_views(torch.cat([centre(data[i][0], 0) for i in range(300)]))
+        text = Prompts(mini, data.classnames).text_features()
+    accuracy = float(((features @ text.T).argmax(1) == torch.tensor(data.targets)).float().mean())
+    stored = EVALUATION["iconshift-r"]["single"]["accuracy"]
+    assert abs(accuracy - stored) < 0.085  # three standard errors at n=300
+
+
+# strict: the day the mark is reached, this must be taken out
+not_reached = pytest.mark.xfail(
+    strict=True, reason="not reached by the shipped run of 2,400 steps; see the model card"
+)
+
+
+@pytest.mark.parametrize(
+    "variant, low, high",
+    [
+        ("iconshift", 0.85, 1.0),
+        pytest.param("iconshift-a", 0.15, 0.45, marks=not_reached),
+        pytest.param("iconshift-r", 0.35, 0.70, marks=not_reached),
+        pytest.param("iconshift-sketch", 0.12, 1.0, marks=not_reached),
+    ],
+)
+def test_zero_shot_marks(variant, low, high):
+    assert low <= EVALUATION[variant]["single"]["accuracy"] <= high
+
+
+def test_adaptation_has_something_to_gain_on_a():
+    a = EVALUATION["iconshift-a"]
+    assert a["single"]["n"] == len(datasets.load("iconshift-a"))
+    assert a["confident_view"]["gain"] >= 0.08 and a["confident_view"]["gain_ci95"][0] > 0
+    assert a["tpt_coop"]["gain"] >= 0.015 and a["tpt_coop"]["gain_ci95"][0] > 0
+
+
+def test_the_learning_rate_was_chosen_on_validation_sets_only():
+    config = json.loads((HERE / "config.json").read_text())
+    used = {k.split("/")[0] for row in config["curve"] for k in row if "/" in k}
+    assert used == {"iconshift-v2", "iconshift-dev"}
+    best = max(config["curve"], key=lambda row: row["mean_gain"])
+    assert config["tpt_lr"] == best["lr"]
+
+
+def test_missing_weights_say_how_to_rebuild(tmp_path):
+    with pytest.raises(FileNotFoundError, match="train.py"):
+        tclip.load_mini(tmp_path / "none.safetensors")
+    assert (REPO / "data" / "miniclip" / "train.py").is_file()
