@@ -87,7 +87,6 @@ def test_a_batch_depends_on_seed_and_step_alone_and_marks_true_captions():
     again = train.batch(bank, specs, 5, args, names)
     assert torch.equal(images, again[0]) and texts == again[1]
     assert train.batch(bank, specs, 6, args, names)[1] != texts
-    assert train.difficulty(5, 10) == 1 and train.difficulty(0, 10) == 0
     assert images.shape == (24, 3, 64, 64) and images.min() >= 0 and images.max() <= 1
     assert positive.diagonal().all()  # a caption is true of its own image
     named = [max((n for n in names if re.search(rf"\b{n}\b", t)), key=len) for t in texts]
@@ -97,6 +96,12 @@ def test_a_batch_depends_on_seed_and_step_alone_and_marks_true_captions():
         assert all(named[i] == named[j] for i in range(24) if positive[i, j])
         if texts[j] == f"a photo of a {named[j]}.":  # true of every image of the class
             assert positive[:, j].sum() == 3
+
+
+def test_the_training_gets_harder_and_the_text_tower_joins():
+    hard = [train.difficulty(step, 100) for step in range(100)]
+    assert hard == sorted(hard) and hard[0] == 0 and hard[-1] == 1
+    assert [train.with_text(step, 80) for step in (0, 29, 30, 79)] == [False, False, True, True]
 
 
 # --- what ships ----------------------------------------------------------------------------------
