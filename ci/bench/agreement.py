@@ -51,11 +51,12 @@ def compare(model: tclip.Clip, variant: str, n: int, lr: float) -> dict:
     prompts64 = Prompts(double, data.classnames)
     unexplained = []
     for i in apart:
-        flipped = (fast.ctx[i] - paper.ctx[i]).abs() > 0.01 * lr
+        # 1e-6 is far above the rounding of a context; near AdamW's eps a step is apart in part
+        moved = (fast.ctx[i] - paper.ctx[i]).abs() > 1e-6
         chosen = fast.selected[i].nonzero()[:, 0]
         exact = gradient(prompts64, features[i], chosen, torch.float64)
         noise = (gradient(prompts, features[i], chosen, torch.float32) - exact).abs().max()
-        if not flipped.any() or exact[flipped].abs().max() > 4 * noise:
+        if not moved.any() or exact[moved].abs().max() > 2 * noise:  # two paths, each with noise
             unexplained.append(i)
     return {
         "n": len(features),
