@@ -14,7 +14,7 @@ STYLE_WORDS = {
     "emojione": "emoji",
     "fluent-emoji-flat": "flat icon",
 }
-TREATMENTS = ("natural", "gray", "inverted", "blurry", "dark", "bright", "stencil")
+TREATMENTS = ("natural", "gray", "inverted", "blurry", "dark", "bright", "stencil", "outline")
 TREATMENT_WORDS = {
     "gray": ("gray", "black and white"),
     "inverted": ("inverted", "negative"),
@@ -22,6 +22,7 @@ TREATMENT_WORDS = {
     "dark": ("dark",),
     "bright": ("bright",),
     "stencil": ("stencil", "sketch"),
+    "outline": ("outlined", "line art"),
 }
 SIZES = ("tiny", "small", "large", "huge")
 PLACES = {
@@ -67,7 +68,7 @@ def facts(
         ("left", x < 0.38), ("right", x > 0.62), ("top", y < 0.38), ("bottom", y > 0.62),
         ("middle", abs(x - 0.5) < 0.1 and abs(y - 0.5) < 0.1),
         ("tilted", abs(angle) > 12), ("cluttered", clutter > 1),
-        ("colored", tinted and treatment not in ("gray", "stencil")),
+        ("colored", tinted and treatment not in ("gray", "stencil", "outline")),
     ):  # fmt: skip
         if holds:
             true.add(word)

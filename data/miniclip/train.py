@@ -1,6 +1,6 @@
 """Train MiniCLIP on IconShift's source styles, from nothing.
 
-    python data/miniclip/train.py --out out/miniclip            half an hour on two CPU cores
+    python data/miniclip/train.py --out out/miniclip            about 70 minutes on two CPU cores
     python data/miniclip/train.py --out out/miniclip --steps 60 a rehearsal
 
 Contrastive learning as CLIP's, with one change: a caption is a positive for every image of which
@@ -85,7 +85,7 @@ def crop_box(s: dict, whole: float, rng: np.random.Generator) -> tuple[float, fl
 
 
 def treat(images: torch.Tensor, treatments: list[str], rng: np.random.Generator) -> torch.Tensor:
-    """Grey scale, inversion, blur, darkening, brightening, black-and-white threshold; in place."""
+    """Grey, inverted, blurred, dark, bright, thresholded, edges only; in place."""
     grey = (images * images.new_tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1, keepdim=True)
     for i, kind in enumerate(treatments):
         if kind == "gray":
@@ -103,13 +103,34 @@ def treat(images: torch.Tensor, treatments: list[str], rng: np.random.Generator)
         elif kind == "stencil":
             level = torch.quantile(grey[i], float(rng.uniform(0.3, 0.7)))
             images[i] = ((grey[i] > level) ^ bool(rng.random() < 0.15)).float()
+        elif kind == "outline":
+            padded = F.pad(grey[i : i + 1], (1, 1, 1, 1), mode="replicate")
+            dx = padded[..., 1:-1, 2:] - padded[..., 1:-1, :-2]
+            dy = padded[..., 2:, 1:-1] - padded[..., :-2, 1:-1]
+            edge = dx.square() + dy.square()
+            level = torch.quantile(edge, float(rng.uniform(0.8, 0.93)))
+            images[i] = ((edge[0] <= level) ^ bool(rng.random() < 0.15)).float()
     return images
 
 
+def warp(images: torch.Tensor, chosen: np.ndarray, rng: np.random.Generator) -> None:
+    """Bend the ``chosen`` images by a smooth random field, in place: icons of one thing differ in
+    their proportions more than in anything else."""
+    side = images.shape[-1]
+    field = torch.from_numpy(rng.uniform(-0.12, 0.12, (len(chosen), 2, 4, 4))).float()
+    field = F.interpolate(field, (side, side), mode="bicubic", align_corners=True)
+    line = torch.linspace(-1, 1, side)
+    grid = torch.stack(torch.meshgrid(line, line, indexing="xy"), -1) + field.permute(0, 2, 3, 1)
+    rows = torch.from_numpy(chosen)
+    images[rows] = F.grid_sample(images[rows], grid, padding_mode="reflection", align_corners=True)
+
+
 # how often a treatment is drawn, given that an image is treated at all
-TREATED = {"gray": 0.28, "inverted": 0.13, "blurry": 0.16, "dark": 0.09, "bright": 0.11,
-           "stencil": 0.23}  # fmt: skip
-TREATED_SHARE, WHOLE_SHARE = 0.4, 0.35  # of treated images and of uncropped ones, at the end
+TREATED = {"gray": 0.22, "inverted": 0.12, "blurry": 0.14, "dark": 0.08, "bright": 0.09,
+           "stencil": 0.20, "outline": 0.15}  # fmt: skip
+# shares of treated images, of uncropped ones, of bent ones and of ones with exchanged channels at
+# the end
+TREATED_SHARE, WHOLE_SHARE, WARPED_SHARE, RECOLOURED_SHARE = 0.4, 0.5, 0.5, 0.25
 
 
 def difficulty(step: int, steps: int) -> float:
@@ -118,12 +139,12 @@ def difficulty(step: int, steps: int) -> float:
     With all of them from the start, a tower this small takes a thousand steps to find out what an
     object is.
     """
-    return min(1.0, max(0.0, step / steps - 0.2) / 0.4)
+    return min(1.0, max(0.0, step / steps - 0.12) / 0.38)
 
 
 def with_text(step: int, steps: int) -> bool:
     """Whether the text tower takes part: after the image tower has learned what an object is."""
-    return step >= 0.375 * steps
+    return step >= 0.25 * steps
 
 
 def batch(bank, specs, step: int, args, names: list[str]):
@@ -139,18 +160,20 @@ def batch(bank, specs, step: int, args, names: list[str]):
     treatments = rng.choice(list(TREATED), len(rows), p=list(TREATED.values())).tolist()
     natural = rng.random(len(rows)) >= TREATED_SHARE * hard
     treatments = ["natural" if n else t for n, t in zip(natural, treatments, strict=True)]
-    for row, treatment in zip(rows, treatments, strict=True):
+    recoloured = rng.random(len(rows)) < RECOLOURED_SHARE * hard
+    for row, treatment, exchange in zip(rows, treatments, recoloured, strict=True):
         s = specs[row]
         left, top, side = crop_box(s, 1 - (1 - WHOLE_SHARE) * hard, rng)
         box = [round(v * BANK_SIDE) for v in (top, left, side, side)]
         image = TF.resized_crop(bank[row], *box, [64, 64], antialias=True)
         mirror = rng.random() < 0.5
-        images.append(image.flip(-1) if mirror else image)
+        image = image.flip(-1) if mirror else image
+        images.append(image[rng.permutation(3)] if exchange else image)
         x = (s["left"] + s["side"] / 2 - left) / side
         truths.append(C.facts(
             s["style"], treatment, s["side"] / side, 1 - x if mirror else x,
             (s["top"] + s["side"] / 2 - top) / side, s["texture"], s["angle"], s["clutter"],
-            s["gains"] != [100] * 3,
+            s["gains"] != [100] * 3 or bool(exchange),
         ))  # fmt: skip
         text, facts = C.caption(names[s["target"]], truths[-1], rng)
         texts.append(text)
@@ -160,7 +183,9 @@ def batch(bank, specs, step: int, args, names: list[str]):
     positive = target[:, None] == target[None]
     for j, facts in enumerate(stated):
         positive[:, j] &= truth[:, facts].all(1)
-    images = treat(torch.stack(images).float() / 255, treatments, rng)
+    images = torch.stack(images).float() / 255
+    warp(images, np.flatnonzero(rng.random(len(rows)) < WARPED_SHARE * hard), rng)
+    images = treat(images, treatments, rng)
     template = C.NEUTRAL[rng.integers(len(C.NEUTRAL))]
     neutral = [template.format(name) for name in names]
     return images, texts, torch.from_numpy(positive), neutral, torch.from_numpy(target)
@@ -222,7 +247,7 @@ def validate(model, ids, names: list[str], mean, std, n: int = 400) -> dict[str,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--classes", type=int, default=64, help="classes in a batch")
     parser.add_argument("--per-class", type=int, default=3, help="images of each")
     parser.add_argument("--lr", type=float, default=1.5e-3)
