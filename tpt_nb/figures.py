@@ -511,3 +511,150 @@ def lines(
     axis.grid(axis="y")
     axis.set_title(title)
     return fig
+
+
+def boxed(
+    images: Sequence, boxes: Sequence, titles: Sequence[str], marked: Sequence = ()
+) -> Figure:
+    """Images side by side with the crops that an augmenter takes from them drawn as boxes.
+
+    Args:
+        images: PIL images or arrays ``[H,W,3]``.
+        boxes: for each image ``[n,4]``, (left, top, right, bottom) in pixels.
+        titles: one per image.
+        marked: for each image the boxes to stand out, by index: solid, then dashed, then dotted.
+    """
+    fig, axes = plt.subplots(
+        1, len(images), figsize=(WIDTH, WIDTH / len(images) + 0.2), squeeze=False
+    )
+    colours = [COLOURS[name] for name in ("vermilion", "blue", "black")]
+    for i, axis in enumerate(axes[0]):
+        axis.imshow(_pixels(images[i]), alpha=0.75)
+        for left, top, right, bottom in np.asarray(boxes[i], float):
+            axis.plot(*_outline(left, top, right, bottom), color="white", lw=1.6, ls="-")
+            axis.plot(*_outline(left, top, right, bottom), color="#333333", lw=0.6, ls="-")
+        for k, which in enumerate(marked[i] if i < len(marked) else ()):
+            style = {"color": colours[k % 3], "ls": LINES[k % 3], "lw": 2.5}
+            axis.plot(*_outline(*np.asarray(boxes[i], float)[which]), **style)
+        axis.set_title(titles[i], fontsize=9)
+        axis.set_axis_off()
+    return fig
+
+
+def _outline(left: float, top: float, right: float, bottom: float) -> tuple[list, list]:
+    """The x and y of a box's outline, on the pixels' edges (imshow centres pixel 0 on 0)."""
+    x, y = [left, right, right, left, left], [top, top, bottom, bottom, top]
+    return [v - 0.5 for v in x], [v - 0.5 for v in y]
+
+
+def patch_sheet(
+    image,
+    boxes: Sequence,
+    patches: Sequence,
+    titles: Sequence[str],
+    colours: Sequence[str | None],
+    title: str = "",
+) -> Figure:
+    """An image with its grid of patches drawn on it, and the patches as the model gets them.
+
+    Args:
+        image: PIL image.
+        boxes: ``[P,4]`` of the patches, row by row.
+        patches: P images or tensors ``[3,S,S]``, in the same order.
+        titles, colours: one per patch: text above it; name of ``COLOURS`` for a frame, or None.
+        title: above the image.
+    """
+    rows = int(len(patches) ** 0.5)
+    if rows * rows != len(patches) or not len(patches) == len(boxes) == len(titles) == len(colours):
+        raise ValueError(
+            f"patch_sheet got {len(patches)} patches, {len(boxes)} boxes, {len(titles)} titles and "
+            f"{len(colours)} colours; it wants as many of each, in a square grid."
+        )
+    fig = plt.figure(figsize=(WIDTH, 3.9))
+    left, right = fig.subfigures(1, 2, width_ratios=[1, 1.35])
+    axis = left.subplots()
+    axis.imshow(_pixels(image))
+    for box, colour in zip(np.asarray(boxes, float), colours, strict=True):
+        axis.plot(*_outline(*box), color="white", lw=1.0, ls="-")
+        if colour:
+            axis.plot(*_outline(*box), color=COLOURS[colour], lw=2.5, ls="-", zorder=3)
+    axis.set_axis_off()
+    axis.set_title(title, fontsize=9)
+    for i, cell in enumerate(right.subplots(rows, rows).flat):
+        cell.imshow(_pixels(patches[i]), interpolation="antialiased")
+        cell.set(xticks=[], yticks=[])
+        cell.spines[:].set_visible(bool(colours[i]))
+        if colours[i]:
+            cell.spines[:].set(color=COLOURS[colours[i]], linewidth=2.5)
+        cell.set_title(titles[i], fontsize=7, loc="center", pad=2)
+    return fig
+
+
+def bands(
+    panels: dict[str, dict[str, tuple[Sequence[float], Sequence[tuple[float, float, float]]]]],
+    x_label: str,
+    y_label: str,
+    points: dict[str, dict[str, tuple[Sequence[float], Sequence]]] | None = None,
+    levels: dict[str, dict[str, float]] | None = None,
+    columns: int | None = None,
+    share_y: bool = False,
+    title: str = "",
+) -> Figure:
+    """Curves with intervals over a share in per cent, and single points with intervals beside them.
+
+    Args:
+        panels: title of the panel -> name of the curve -> (x, [(value, low, high)] per x).
+        x_label, y_label: with the units.
+        points: title of the panel -> name -> (x, [(value, low, high)]): marks without a line.
+        levels: title of the panel -> name -> value: dashed horizontal lines.
+        columns: panels in a row; default: all of them.
+        share_y: one value axis for all panels.
+    """
+    columns = columns or len(panels)
+    rows = -(-len(panels) // columns)
+    fig, axes = plt.subplots(
+        rows, columns, figsize=(WIDTH, 2.5 * rows + 0.4), squeeze=False, sharey=share_y, sharex=True
+    )
+    names = dict.fromkeys(n for part in (panels, points or {}) for p in part.values() for n in p)
+    cycle = plt.rcParams["axes.prop_cycle"].by_key()["color"]
+    styles = {n: (cycle[i % len(cycle)], LINES[i % 6], MARKERS[i % 6]) for i, n in enumerate(names)}
+    for axis, (panel, curves_) in zip(axes.flat, panels.items(), strict=False):
+        for name, (x, values) in curves_.items():
+            colour, line, marker = styles[name]
+            value, low, high = np.asarray(values, float).T
+            axis.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+            axis.plot(x, value, color=colour, linestyle=line, marker=marker, label=name)
+        for name, (x, values) in (points or {}).get(panel, {}).items():
+            colour, _, marker = styles[name]
+            value, low, high = np.asarray(values, float).T
+            error = np.maximum([value - low, high - value], 0)
+            style = {"color": colour, "marker": marker, "linestyle": "", "label": name}
+            axis.errorbar(x, value, yerr=error, elinewidth=1, alpha=0.9, **style)
+        for name, value in (levels or {}).get(panel, {}).items():
+            axis.axhline(value, color=GREY, linewidth=1, linestyle="--", zorder=0)
+            axis.annotate(
+                name,
+                (1, value),
+                (0, 2),
+                xycoords=axis.get_yaxis_transform(),
+                textcoords="offset points",
+                ha="right",
+                color=GREY,
+                fontsize=7.5,
+            )
+        axis.set_title(panel)
+        axis.grid(axis="y")
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    for axis in axes[:, 0]:
+        axis.set_ylabel(y_label)
+    fig.supxlabel(x_label, fontsize=9)
+    drawn: dict[str, object] = {}
+    for axis in axes.flat[: len(panels)]:
+        for handle, name in zip(*axis.get_legend_handles_labels(), strict=True):
+            drawn.setdefault(name, handle)
+    if len(drawn) > 1:
+        fig.legend(drawn.values(), drawn, loc="outside lower center", ncols=min(4, len(drawn)))
+    if title:
+        fig.suptitle(title, x=0.01, ha="left", fontsize=10)
+    return fig
