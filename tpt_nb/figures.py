@@ -648,7 +648,9 @@ def bands(
         axis.set_visible(False)
     for axis in axes[:, 0]:
         axis.set_ylabel(y_label)
-    fig.supxlabel(x_label, fontsize=9)
+    for axis in axes.flat[max(0, len(panels) - columns) : len(panels)]:
+        axis.set_xlabel(x_label)
+        axis.tick_params(labelbottom=True)
     drawn: dict[str, object] = {}
     for axis in axes.flat[: len(panels)]:
         for handle, name in zip(*axis.get_legend_handles_labels(), strict=True):
