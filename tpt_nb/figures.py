@@ -660,3 +660,114 @@ def bands(
     if title:
         fig.suptitle(title, x=0.01, ha="left", fontsize=10)
     return fig
+
+
+def responses(
+    x: Sequence[float],
+    panels: dict[str, dict[str, Sequence[float]]],
+    x_label: str,
+    title: str = "",
+    log: bool = False,
+) -> Figure:
+    """Smooth lines over ``x``, one panel per quantity, told apart by colour and line style.
+
+    Args:
+        panels: name of the quantity, with its unit -> {name of the line: one value per ``x``}; all
+            panels have the same lines.
+        log: is the value axis logarithmic?
+    """
+    fig, axes = plt.subplots(1, len(panels), figsize=(WIDTH, 2.8), squeeze=False)
+    for axis, (quantity, named) in zip(axes[0], panels.items(), strict=True):
+        drawn = [axis.plot(x, values, label=name)[0] for name, values in named.items()]
+        axis.set_yscale("log" if log else "linear")
+        axis.set_xlabel(x_label)
+        axis.set_ylabel(quantity)
+        axis.grid(axis="y")
+    fig.legend(handles=drawn, loc="outside lower center", ncols=len(drawn))
+    if title:
+        fig.suptitle(title, x=0.01, ha="left", fontsize=10)
+    return fig
+
+
+def scatter(
+    series: dict[str, tuple[Sequence[float], Sequence[float]]],
+    x_label: str,
+    y_label: str,
+    title: str = "",
+    log_x: bool = False,
+    mark: tuple[float, str] | None = None,
+    reference: float | None = None,
+) -> Figure:
+    """Points, told apart by colour and marker.
+
+    Args:
+        series: name -> (x, y).
+        mark: a place on the x axis and its name: a dashed line there.
+        reference: where a thin horizontal line stands.
+    """
+    fig, axis = plt.subplots(figsize=(WIDTH, 2.8))
+    cycle = plt.rcParams["axes.prop_cycle"].by_key()["color"]
+    for i, (name, (x, y)) in enumerate(series.items()):
+        style = {"color": cycle[i % len(cycle)], "marker": MARKERS[i % len(MARKERS)]}
+        axis.plot(x, y, linestyle="", alpha=0.75, label=name, **style)
+    if log_x:
+        axis.set_xscale("log")
+    if mark:
+        axis.axvline(mark[0], color=GREY, linestyle="--", linewidth=1.2)
+        place = {"xycoords": axis.get_xaxis_transform(), "textcoords": "offset points"}
+        axis.annotate(mark[1], (mark[0], 1), (4, -8), color=GREY, fontsize=8, **place)
+    if reference is not None:
+        axis.axhline(reference, color=GREY, linewidth=1, zorder=0)
+    axis.set_xlabel(x_label)
+    axis.set_ylabel(y_label)
+    axis.grid(axis="y")
+    if len(series) > 1:
+        fig.legend(loc="outside lower center", ncols=min(len(series), 4))
+    axis.set_title(title)
+    return fig
+
+
+def two_scales(
+    groups: Sequence[str],
+    left: Sequence[tuple[float, float, float]],
+    right: Sequence[float | None],
+    left_label: str,
+    right_label: str,
+    title: str = "",
+    references: tuple[float | None, float | None] = (None, None),
+) -> Figure:
+    """Row by row, a value with its interval on the left and a single value on the right.
+
+    Each side has an axis of its own: the two are not to be compared as numbers.
+
+    Args:
+        groups: names of the rows.
+        left: (value, low, high) per row.
+        right: one value per row; None or NaN leaves the place empty.
+        references: where a thin vertical line stands, left and right.
+    """
+    for name, values in (("left", left), ("right", right)):
+        if len(values) != len(groups):
+            raise ValueError(f"{name} has {len(values)} values for {len(groups)} groups.")
+    size = (WIDTH, 0.8 + 0.2 * len(groups))
+    ratio = {"width_ratios": [1.5, 1]}
+    fig, axes = plt.subplots(1, 2, figsize=size, sharey=True, gridspec_kw=ratio)
+    y = np.arange(len(groups))
+    value, low, high = np.asarray(left, float).reshape(-1, 3).T
+    error = np.maximum([value - low, high - value], 0)
+    style = {"color": COLOURS["blue"], "marker": "o", "markersize": 4, "linestyle": ""}
+    axes[0].errorbar(value, y, xerr=error, elinewidth=1.4, **style)
+    style |= {"color": COLOURS["vermilion"], "marker": "s"}
+    axes[1].plot(np.array(right, float), y, **style)
+    labels = (left_label, right_label)
+    for axis, label, reference in zip(axes, labels, references, strict=True):
+        axis.set_xlabel(label)
+        axis.grid(axis="both")
+        axis.tick_params(axis="y", length=0)
+        if reference is not None:
+            axis.axvline(reference, color=GREY, linewidth=1.2)
+    axes[0].set_yticks(y, groups)
+    axes[0].set_ylim(len(groups) - 0.5, -0.5)
+    if title:
+        fig.suptitle(title, x=0.01, ha="left", fontsize=10)
+    return fig

@@ -159,3 +159,37 @@ def test_explore_draws_in_place_and_stores_nothing_of_the_slider_when_headless(
     slider.value = "bb"
     assert displayed[-1][1] == {"image/png": {"alt": "scene bb"}}
     assert displayed[-1][0]["image/png"] != displayed[0][0]["image/png"]
+
+
+def test_responses_have_every_line_in_every_panel():
+    x = np.linspace(-1, 1, 5)
+    panels = {"loss": {"one": x, "two": x**2}, "gradient": {"one": 0 * x, "two": 2 * x}}
+    fig = figures.responses(x, panels, "gap")
+    assert [axis.get_ylabel() for axis in fig.axes] == list(panels)
+    for axis, named in zip(fig.axes, panels.values(), strict=True):
+        for line, values in zip(axis.lines, named.values(), strict=True):
+            np.testing.assert_array_equal(line.get_xydata(), np.stack([x, values], 1))
+        assert len({line.get_linestyle() for line in axis.lines}) == 2
+    assert [text.get_text() for text in fig.legends[0].get_texts()] == ["one", "two"]
+
+
+def test_scatter_draws_the_points_and_marks_the_place():
+    series = {"a": ([0.1, 1.0], [1, 2]), "b": ([0.01], [3])}
+    fig = figures.scatter(series, "x", "y", log_x=True, mark=(0.05, "1/C"), reference=1.5)
+    axis = fig.axes[0]
+    for line, (x, y) in zip(axis.lines[:2], series.values(), strict=True):
+        np.testing.assert_array_equal(line.get_xydata(), np.stack([x, y], 1))
+    assert axis.get_xscale() == "log" and axis.texts[0].get_text() == "1/C"
+    assert list(axis.lines[2].get_xdata()) == [0.05, 0.05]
+
+
+def test_two_scales_keeps_the_sides_apart():
+    left, right = [(10, 8, 12), (20, 18, 22), (15, 15, 15)], [23.1, None, 31.2]
+    fig = figures.two_scales(["a", "b", "c"], left, right, "here", "there", references=(10, None))
+    here, there = fig.axes
+    np.testing.assert_array_equal(here.lines[0].get_xdata(), [10, 20, 15])
+    np.testing.assert_array_equal(there.lines[0].get_xdata(), [23.1, np.nan, 31.2])
+    assert [label.get_text() for label in here.get_yticklabels()] == ["a", "b", "c"]
+    assert here.get_ylim() == there.get_ylim() == (2.5, -0.5)
+    with pytest.raises(ValueError, match="right has 2 values for 3 groups"):
+        figures.two_scales(["a", "b", "c"], left, right[:2], "here", "there")
