@@ -101,7 +101,29 @@ def test_a_batch_depends_on_seed_and_step_alone_and_marks_true_captions():
 def test_the_training_gets_harder_and_the_text_tower_joins():
     hard = [train.difficulty(step, 100) for step in range(100)]
     assert hard == sorted(hard) and hard[0] == 0 and hard[-1] == 1
-    assert [train.with_text(step, 80) for step in (0, 29, 30, 79)] == [False, False, True, True]
+    assert [train.with_text(step, 80) for step in (0, 19, 20, 79)] == [False, False, True, True]
+
+
+def test_bending_touches_the_chosen_images_only_and_keeps_their_range():
+    images = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    bent = images.clone()
+    train.warp(bent, np.array([1, 3]), np.random.default_rng(0))
+    changed = (bent != images).flatten(1).any(1)
+    assert changed.tolist() == [False, True, False, True]
+    assert bent.min() >= 0 and bent.max() <= 1
+    flat = torch.full((1, 3, 64, 64), 0.5)  # nothing to bend, and no border from outside
+    train.warp(flat, np.array([0]), np.random.default_rng(0))
+    assert torch.allclose(flat, torch.tensor(0.5))
+
+
+def test_outlines_are_lines_where_the_image_changes():
+    image = torch.zeros(1, 3, 64, 64)
+    image[..., 20:44, 20:44] = 1
+    out = train.treat(image.clone(), ["outline"], np.random.default_rng(1))
+    assert set(out.unique().tolist()) <= {0.0, 1.0}
+    line = out[0, 0] != out[0, 0, 0, 0]
+    assert line[19:45, 19:45].any() and not line[22:42, 22:42].any()
+    assert not line[:18].any() and not line[:, :18].any()
 
 
 # --- what ships ----------------------------------------------------------------------------------
