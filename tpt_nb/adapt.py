@@ -268,3 +268,7 @@ METHODS: dict[str, Callable[..., Adapted]] = {
     "confident_view": confident_view,
     "tpt": tpt,
 }
+
+# the strong baselines and the online methods enter themselves
+import tpt_nb.methods  # noqa: E402
+import tpt_nb.online  # noqa: E402, F401
