@@ -695,6 +695,7 @@ def scatter(
     y_label: str,
     title: str = "",
     log_x: bool = False,
+    log_y: bool = False,
     mark: tuple[float, str] | None = None,
     reference: float | None = None,
 ) -> Figure:
@@ -702,6 +703,7 @@ def scatter(
 
     Args:
         series: name -> (x, y).
+        log_x, log_y: is the axis logarithmic?
         mark: a place on the x axis and its name: a dashed line there.
         reference: where a thin horizontal line stands.
     """
@@ -710,8 +712,8 @@ def scatter(
     for i, (name, (x, y)) in enumerate(series.items()):
         style = {"color": cycle[i % len(cycle)], "marker": MARKERS[i % len(MARKERS)]}
         axis.plot(x, y, linestyle="", alpha=0.75, label=name, **style)
-    if log_x:
-        axis.set_xscale("log")
+    axis.set_xscale("log" if log_x else "linear")
+    axis.set_yscale("log" if log_y else "linear")
     if mark:
         axis.axvline(mark[0], color=GREY, linestyle="--", linewidth=1.2)
         place = {"xycoords": axis.get_xaxis_transform(), "textcoords": "offset points"}
