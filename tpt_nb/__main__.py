@@ -1,4 +1,5 @@
-"""``python -m tpt_nb evaluate ...`` does a run, ``python -m tpt_nb compare RUN RUN`` compares two.
+"""``python -m tpt_nb evaluate ...`` does a run, ``python -m tpt_nb compare RUN RUN`` compares two,
+``python -m tpt_nb build-database ...`` embeds images for retrieval.
 
 Mistakes in what was asked for (a name, a value, a file) are one line on stderr and exit code 2; set
 ``TPT_NB_TRACEBACK=1`` to see where they come from.
@@ -52,6 +53,13 @@ def parser() -> argparse.ArgumentParser:
     compare.add_argument("--out", default="runs", help="folder of the runs (default: runs)")
     compare.add_argument("--seed", type=int, default=0, help="of the bootstrap")
     compare.add_argument("--json", action="store_true", help="end with one JSON object on a line")
+    build = commands.add_parser(
+        "build-database", help="embed images without labels, for ra_tta", allow_abbrev=False
+    )
+    build.add_argument("--images", required=True, metavar="DIR", help="any folder of images")
+    build.add_argument("--out", required=True, metavar="DIR", help="folder of the database")
+    build.add_argument("--model", default="mini", help="as in evaluate (default: mini)")
+    build.add_argument("--device", default="", help="cpu, cuda ... (default: cuda if there is one)")
     return main_parser
 
 
@@ -128,6 +136,20 @@ def _compare(args: argparse.Namespace) -> None:
         print(json.dumps({"a": runs[0].name, "b": runs[1].name, **c}))
 
 
+def _build_database(args: argparse.Namespace) -> None:
+    from tpt_nb import clip, database
+
+    pictures = database.folder_pictures(args.images)
+    try:
+        model = clip.load(args.model, device=args.device or None)
+    except RuntimeError as error:  # weights that cannot be fetched, no such device
+        raise ValueError(str(error)) from error
+    done = database.build(pictures, model, args.out)
+    print(
+        f"{len(done)} of {len(pictures.items)} images, vectors of {model.embed_dim} -> {args.out}"
+    )
+
+
 def _find(name: str, out: Path) -> Path:
     for path in (Path(name), out / name):
         if path.is_dir():
@@ -150,13 +172,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest:
         options = [f"--{field.name}" for field in dataclasses.fields(RunConfig)]
         word = rest[0].split("=")[0].replace("-", "_").replace("__", "--", 1)
-        known = (
-            [*options, "--json"] if args.command == "evaluate" else ["--json", "--out", "--seed"]
-        )
+        known = {
+            "evaluate": [*options, "--json"],
+            "compare": ["--json", "--out", "--seed"],
+            "build-database": ["--images", "--out", "--model", "--device"],
+        }[args.command]
         print(f"python -m tpt_nb: {unknown('option', word, known)}", file=sys.stderr)
         return 2
     try:
-        {"evaluate": _evaluate, "compare": _compare}[args.command](args)
+        does = {"evaluate": _evaluate, "compare": _compare, "build-database": _build_database}
+        does[args.command](args)
     except (ValueError, OSError) as error:
         if os.environ.get("TPT_NB_TRACEBACK"):
             raise

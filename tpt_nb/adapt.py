@@ -269,6 +269,8 @@ METHODS: dict[str, Callable[..., Adapted]] = {
     "tpt": tpt,
 }
 
-# the strong baselines and the online methods enter themselves
+# methods in modules of their own enter themselves
+import tpt_nb.captions  # noqa: E402
 import tpt_nb.methods  # noqa: E402
-import tpt_nb.online  # noqa: E402, F401
+import tpt_nb.online  # noqa: E402
+import tpt_nb.retrieval  # noqa: E402, F401

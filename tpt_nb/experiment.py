@@ -39,6 +39,14 @@ ALIASES = {  # the study's names
     "loss": {"defaultTPT": "marginal_entropy"},
     "augmenter": {"AugmenterTPT": "random", "PatchAugmenter": "patch"},
 }
+OF_METHOD = {  # options that one method alone has
+    "descriptions": "ra_tta",
+    "database": "ra_tta",
+    "transport": "ra_tta",
+    "repairs": "caption_prompts",
+    "captioner": "caption_prompts",
+}
+ONE_VIEW = ("zero_shot", "caption_prompts")  # methods that look at the image only
 # these do not change what is computed, so runs that differ in them only are the same run
 NOT_IDENTITY = ("profile", "out", "run_name", "tensorboard", "workers", "cache")
 
@@ -84,6 +92,13 @@ class RunConfig:
     selection_p_patch: float = _option(0.9, "fraction kept within each patch, in (0,1]")
     alpha_exponential_weightening: float = _option(1.0, "alpha of the loss patch_loss6")
     exact: str = _option("fast", "fast (batched) or paper (77 tokens, one image at a time)")
+    descriptions: str = _option("", "file {class: [sentences]} of ra_tta; default: IconShift's")
+    database: str = _option("", "image database of ra_tta: a folder of build-database, a file")
+    transport: str = _option("entropic", "of ra_tta: entropic, exact, independent or mean")
+    repairs: str = _option("none", "of caption_prompts: none, all, or some, as span+article")
+    captioner: str = _option(
+        "auto", "of caption_prompts: clip (retrieval with the model), vit-gpt2"
+    )
     reduced_size: int | None = _option(None, "number of images (class-balanced); 0: all")
     subset_seed: int = _option(0, "which images reduced_size takes")
     seed: int = _option(0, "of the views")
@@ -147,6 +162,8 @@ def validate(config: RunConfig) -> None:
         "exact": ["fast", "paper"],
         "class_token_position": ["end", "middle", "front"],
         "templates": ["", "single", "seven"],
+        "transport": ["entropic", "exact", "independent", "mean"],
+        "captioner": ["auto", "clip", "vit-gpt2"],
     }
     for name, known in choices.items():
         _check_name(name, getattr(config, name), known)
@@ -174,13 +191,18 @@ def validate(config: RunConfig) -> None:
             f"templates={config.templates!r} is an ensemble of sentences, which has no context for "
             f"method {config.method!r} to tune; use zero_shot or confident_view, or no templates."
         )
+    for name, method in OF_METHOD.items():
+        value = getattr(config, name)
+        if config.method != method and value != getattr(RunConfig, name):
+            raise ValueError(f"{name}={value!r} is for method {method!r}, not {config.method!r}.")
     if config.templates and config.coop:
         raise ValueError("templates and coop are both given; choose one of the two prompts.")
     if not (config.ctx_init or config.n_ctx or config.coop):
         raise ValueError("ctx_init is empty: say how many context tokens to draw with n_ctx.")
-    from tpt_nb import adapt, losses, views  # behind the checks that need no torch
+    from tpt_nb import adapt, captions, losses, views  # behind the checks that need no torch
 
     _check_name("method", config.method, adapt.METHODS)
+    captions.parse_repairs(config.repairs)
     _check_name("loss", config.loss, losses.LOSSES)
     _check_name("augmenter", config.augmenter, views.AUGMENTERS)
     takes = views.AUGMENTERS[config.augmenter].__dataclass_fields__
@@ -255,7 +277,7 @@ def resolve(config: RunConfig) -> tuple[RunConfig, str]:
             raise ValueError(f"device {config.device!r}: there is no CUDA GPU here; use cpu.")
     if config.learning_rate is None:
         changed["learning_rate"] = default_learning_rate(model)
-    if config.method == "zero_shot":  # the other views are not looked at
+    if config.method in ONE_VIEW:  # the other views are not looked at
         usual = RunConfig()
         names = ("augmenter", "n_patches", "overlap", "crop_side", "augmix", "autoaugment")
         changed |= {name: getattr(usual, name) for name in names} | {"n_aug": 0}
@@ -263,6 +285,12 @@ def resolve(config: RunConfig) -> tuple[RunConfig, str]:
         value = changed.get(name, getattr(config, name))
         if hint in (float, float | None) and value is not None:
             changed[name] = float(value)  # 1 and 1.0 are the same run
+    if config.captioner == "auto" and config.method == "caption_prompts":
+        changed["captioner"] = "clip" if model == "mini" else "vit-gpt2"
+    if config.method == "caption_prompts":
+        from tpt_nb.captions import parse_repairs
+
+        changed["repairs"] = "+".join(parse_repairs(config.repairs)) or "none"
     changed["reduced_size"] = config.reduced_size or None
     changed["cache"] = config.cache or str(cache_dir())
     embedded = str(DATA / "miniclip" / "coop.pth.tar")
@@ -353,6 +381,10 @@ def identity(resolved: RunConfig) -> dict:
     files = {"coop": resolved.coop, "model": resolved.model}
     if resolved.model == "mini":
         files["model"] = str(DATA / "miniclip" / "miniclip.safetensors")
+    if resolved.method == "ra_tta":
+        files["descriptions"] = resolved.descriptions or str(DATA / "descriptions/iconshift.json")
+        about = Path(resolved.database) / "about.json"
+        files["database"] = str(about) if about.is_file() else resolved.database
     for name, path in files.items():
         if path and Path(path).is_file():
             values[name] = [Path(path).name, hashlib.sha256(Path(path).read_bytes()).hexdigest()]
@@ -371,7 +403,7 @@ def _name(resolved: RunConfig) -> str:
     usual = {field.name: field.default for field in dataclasses.fields(resolved)}
     usual["learning_rate"] = default_learning_rate(resolved.model)
     usual["device"] = "cpu"
-    if resolved.method == "zero_shot":
+    if resolved.method in ONE_VIEW:
         usual["n_aug"] = 0
     model = resolved.model
     parts = [resolved.run_name] if resolved.run_name else []
@@ -381,7 +413,7 @@ def _name(resolved: RunConfig) -> str:
         value = getattr(resolved, name)
         if name in (*NOT_IDENTITY, "dataset", "model", "method") or value == default:
             continue
-        if name in ("coop", "root"):
+        if name in ("coop", "root", "descriptions", "database"):
             value = Path(value).name.split(".")[0]
         elif name == "device":
             value = value.split(":")[0]
@@ -470,6 +502,8 @@ def run(config: RunConfig | Mapping, progress: bool = True) -> Run:
     if records:
         print(f"{folder.name}: {len(records)} of {len(features.ids)} records are there, going on")
     method = adapt.METHODS[resolved.method]
+    if hasattr(method, "bind"):  # what it takes beside features and prompts: captions, a database
+        method = method.bind(resolved, clip, dataset)
     done = len(records)
     params = method_params(resolved, method)
     if "loss" in params:
@@ -571,12 +605,14 @@ def method_params(config: RunConfig, method) -> dict:
         "alpha": config.alpha_exponential_weightening,
     }
     names = list(inspect.signature(method).parameters)[2:]  # after features and prompts
-    return {name: values[name] for name in names if name in values}
+    bound = getattr(method, "keywords", {})  # of a functools.partial
+    return {name: values[name] for name in names if name in values and name not in bound}
 
 
 def _adapt_rest(path: Path, features, done: int, method, params: dict, prompts, clip):
     """Adapt to the images after the first ``done``; append and yield the records of each group."""
     start = 0
+    takes_ids = "ids" in inspect.signature(method).parameters
     with open(path, "ab") as file:
         for ids, views, targets in features.batches(GROUP):
             skip = max(0, done - start)
@@ -584,6 +620,7 @@ def _adapt_rest(path: Path, features, done: int, method, params: dict, prompts, 
             if skip >= len(ids):
                 continue
             # the whole group is adapted even where some of it is there: same operations, same bits
+            params |= {"ids": ids} if takes_ids else {}
             adapted = method(views.to(clip.device), prompts, **params)
             fresh = to_records(ids, targets, adapted)[skip:]
             file.write(b"".join(_line(record) for record in fresh))

@@ -22,9 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tpt_nb import iconshift
+from tpt_nb import captions, iconshift
 from tpt_nb.adapt import METHODS, Adapted
-from tpt_nb.captions import quiet_tokens, with_article
 from tpt_nb.clip import Clip, text_tower
 from tpt_nb.database import Database, embedded_database, read_database, style_of
 from tpt_nb.losses import entropy
@@ -87,7 +86,7 @@ def depictions(classnames: Sequence[str]) -> list[list[str]]:
         "a flat icon of {}", "a large photo of {}", "a small picture of {}",
         "a black and white image of {}", "a sketch photo of {}", "a bright picture of {}",
     )  # fmt: skip
-    return [[f"{p.format(with_article(name))}." for p in patterns] for name in classnames]
+    return [[f"{p.format(captions.with_article(name))}." for p in patterns] for name in classnames]
 
 
 @torch.no_grad()
@@ -118,7 +117,7 @@ def embed_texts(
         for n, d in zip(names, descriptions, strict=True)
     ]
     flat = [s for some in (*whole, *single) for s in some]
-    with quiet_tokens():
+    with captions.quiet_tokens():
         features = clip.encode_text(flat).float().cpu()
     parts = features.split([len(some) for some in (*whole, *single)])
     c = len(names)
