@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tpt_nb.adapt import METHODS, Adapted
+from tpt_nb.adapt import METHODS, Adapted, _check_features
 from tpt_nb.clip import Clip, text_tower
 from tpt_nb.losses import entropy
 from tpt_nb.paths import cache_dir
@@ -474,6 +474,7 @@ def caption_prompts(
         repairs: see ``REPAIRS``; none is the project's own procedure.
         memo: see :func:`encode_once`.
     """
+    _check_features(features, prompts)
     if captioner is None:
         raise ValueError("caption_prompts needs a captioner: ClipCaptioner(clip, classnames).")
     repairs = parse_repairs(repairs)

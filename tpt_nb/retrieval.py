@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tpt_nb import captions, iconshift
-from tpt_nb.adapt import METHODS, Adapted
+from tpt_nb.adapt import METHODS, Adapted, _check_features
 from tpt_nb.clip import Clip, text_tower
 from tpt_nb.database import Database, embedded_database, read_database, style_of
 from tpt_nb.losses import entropy
@@ -403,6 +403,7 @@ def ra_tta(
         ids: of the images, to leave out the group of the database that each belongs to.
         transport: shorthand for ``settings`` with that transport.
     """
+    _check_features(features, prompts)
     if knowledge is None:
         raise ValueError("ra_tta needs descriptions and a database: pass knowledge=Knowledge(...).")
     settings = settings or Settings(transport=transport)

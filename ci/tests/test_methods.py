@@ -9,7 +9,9 @@ from tpt_nb.losses import entropy, marginal_entropy
 from tpt_nb.prompts import Prompts, TemplatePrompts
 
 NAMES = ["cat", "hot air balloon", "fire_engine", "dog", "bus"]
-EPISODIC = [name for name, m in adapt.METHODS.items() if not hasattr(m, "online")]
+EPISODIC = [
+    name for name, m in adapt.METHODS.items() if not hasattr(m, "online") and not hasattr(m, "bind")
+]
 
 
 class FakeClip:
