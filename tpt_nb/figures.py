@@ -773,3 +773,67 @@ def two_scales(
     if title:
         fig.suptitle(title, x=0.01, ha="left", fontsize=10)
     return fig
+
+
+def labelled_boxes(
+    image, boxes: Sequence, labels: Sequence[str], title: str = "", colours: Sequence[str] = ()
+) -> Figure:
+    """An image with numbered boxes, and what each of them stands for in a list beside it.
+
+    Args:
+        image: PIL image or array ``[H,W,3]``.
+        boxes: ``[n,4]``, (left, top, right, bottom) in pixels.
+        labels: one per box; may have lines.
+        colours: one per box, names of ``COLOURS``; default: in turn.
+    """
+    if len(boxes) != len(labels):
+        raise ValueError(f"labelled_boxes got {len(boxes)} boxes but {len(labels)} labels.")
+    names = colours or ("vermilion", "blue", "green", "purple", "black", "orange")
+    fig, (left, right) = plt.subplots(
+        1, 2, figsize=(WIDTH, 2.9), gridspec_kw={"width_ratios": [1, 1.5]}
+    )
+    left.imshow(_pixels(image), alpha=0.85)
+    left.set_axis_off()
+    right.set_axis_off()
+    step = 1 / max(len(labels), 5)
+    for i, (box, label) in enumerate(zip(np.asarray(boxes, float), labels, strict=True)):
+        colour, line = COLOURS[names[i % len(names)]], LINES[i % 4]
+        left.plot(*_outline(*box), color="white", lw=3.4, ls="-")
+        left.plot(*_outline(*box), color=colour, lw=2, ls=line)
+        tag = {"facecolor": colour, "edgecolor": "white", "boxstyle": "round,pad=0.15"}
+        style = {"color": "white", "fontsize": 8, "ha": "left", "va": "top", "bbox": tag}
+        left.text(box[0] + 3 + 16 * (i % 3), box[1] + 3, str(i + 1), **style)
+        y = 1 - (i + 0.5) * step
+        right.text(0, y, str(i + 1), transform=right.transAxes, **style | {"va": "center"})
+        right.text(0.06, y, label, transform=right.transAxes, fontsize=8, va="center")
+    fig.suptitle(title, x=0.01, ha="left", fontsize=10)
+    return fig
+
+
+def distributions(
+    panels: dict[str, dict[str, Sequence[float]]], labels: Sequence[str], title: str = ""
+) -> Figure:
+    """Distributions as outlines of histograms, one panel per quantity.
+
+    Args:
+        panels: title of the panel -> name -> values; all panels have the same names.
+        labels: of the value axis of each panel, with the unit.
+    """
+    fig, axes = plt.subplots(1, len(panels), figsize=(WIDTH, 2.7), squeeze=False)
+    for axis, label, (name, series) in zip(axes[0], labels, panels.items(), strict=True):
+        values = {key: np.asarray(v, float).ravel() for key, v in series.items()}
+        low, high = min(v.min() for v in values.values()), max(v.max() for v in values.values())
+        edges = np.linspace(low, high if high > low else low + 1, 41)
+        drawn = []
+        for i, (key, v) in enumerate(values.items()):
+            share, _ = np.histogram(v, edges)
+            style = {"label": key, "linestyle": LINES[i % 4], "linewidth": 1.8}
+            drawn.append(axis.stairs(100 * share / len(v), edges, **style))
+            drawn[-1].set_edgecolor(plt.rcParams["axes.prop_cycle"].by_key()["color"][i])
+        axis.set_xlabel(label)
+        axis.set_title(name, fontsize=9)
+    axes[0, 0].set_ylabel("share (%)")
+    fig.legend(handles=drawn, loc="outside lower center", ncols=min(len(drawn), 4))
+    if title:
+        fig.suptitle(title, x=0.01, ha="left", fontsize=10)
+    return fig
