@@ -1,0 +1,43 @@
+"""The course: student versions of the notebooks, and grading of what comes back.
+
+::
+
+    python -m tpt_nb.course release --out DIR
+    python -m tpt_nb.course grade SUBMISSIONS --out grades.csv --jobs 2
+
+**A master** is a notebook in ``notebooks/``. A code cell with the metadata ``tpt: {q: "02.3",
+points: 2}`` is an exercise: its solution stands between ``# BEGIN SOLUTION`` and ``# END
+SOLUTION``, and visible checks follow in the same cell. Cells with ``tpt: {q: "02.3", hidden:
+true}`` are its hidden tests. They hold no expected value: ``check.report(name, value)`` hands
+over what the answer gives for random numbers drawn from ``check.seed()``. A question without
+hidden tests is graded with its visible checks, read as ``check.report``. In the student version a
+cell tagged ``solution`` is left out, and one tagged ``gives-away`` loses its outputs.
+
+**Grading.** A submission is read as data. Its answers (found by question, by cell id, or by the
+name of the function) are put into the master in place of the solutions; of the master only what
+answers and tests need is kept, and no solution. nbval runs that in a sandbox
+(``course.sandbox``), with a seed drawn for this grading. The same tests run once with the
+reference solutions. Then, outside of the sandbox, value by value: a test passes if the answer
+gave what the reference gave. The tests of a question share its points; what is not a pass is
+worth nothing, and the reason is written down. An answer that ends the run (a loop without end, a
+dead kernel) is taken out, and the rest runs again.
+
+**Threat model.** Answers are hostile programs. Trusted are who starts the grading, the masters
+and the installed packages.
+
+- *Forging a pass.* Expected values and solutions are never in the sandbox, so nothing in it
+  (another ``print``, ``torch.allclose`` or ``tpt_nb``; ``sys.exit``; a forged report) can do more
+  than hand over values, and only right values are worth something. More values than tests are
+  worth nothing, so guesses are not. The seed is new each time, so values of an earlier run are
+  worth nothing.
+- *Reading the key or other submissions, telling somebody.* In ``namespaces`` and ``bubblewrap``
+  there are Python, its packages, ``tpt_nb``, ``data`` and no network. ``rlimits`` CANNOT prevent
+  either, and says so: for answers of people that you trust. The feedback holds up to 300
+  characters of an answer's own error message, by which it can tell its author what it saw: in the
+  sandbox at most the hidden tests' inputs.
+- *Using up the machine.* Time per cell and run, memory, processes, sizes of files, of outputs and
+  of reports are limited, and everything that a run started ends with it. The limit on memory is
+  one per process; a watch on the sum acts within a fraction of a second.
+- *Not covered.* Holes of the operating system's kernel. Answers that call the library's function
+  instead of writing it: they are right; the feedback shows them. Copying among students.
+"""

@@ -1,0 +1,198 @@
+"""Which cells of a master answers and tests need, and the notebook made of them."""
+
+import ast
+import re
+import symtable
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import nbformat
+from nbformat import NotebookNode
+
+from tpt_nb.course.masters import Master, Question, parse
+
+
+@dataclass
+class Names:
+    """The global names that a piece of code has to do with."""
+
+    needs: set[str] = field(default_factory=set)  # must be there before
+    binds: set[str] = field(default_factory=set)
+    changes: set[str] = field(default_factory=set)  # are there before, and are another after
+    imports: set[str] = field(default_factory=set)
+
+
+def names_of(source: str) -> Names:
+    """What a cell needs, binds and changes. It is read, not run, so this is a good guess."""
+    names = Names()
+    tree = parse(source)
+    later: set[str] = set()  # what functions need need not be there when they are defined
+    for statement in tree.body if tree else []:
+        try:
+            table = symtable.symtable(ast.unparse(statement), "cell", "exec")
+        except (SyntaxError, ValueError, RecursionError):
+            continue
+        symbols = table.get_symbols()
+        used = _globals(table)
+        bound = {s.get_name() for s in symbols if s.is_assigned() or s.is_imported()}
+        if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef):
+            own = ast.unparse([*statement.decorator_list, statement.args.defaults])
+            body = {name for name in used if not re.search(rf"\b{re.escape(name)}\b", own)}
+            later |= body
+            used -= body
+        elif isinstance(statement, ast.For | ast.With | ast.Try | ast.ClassDef):
+            used -= bound
+        elif isinstance(statement, ast.AugAssign):
+            used |= bound
+        names.needs |= used - names.binds
+        names.changes |= _changed(statement)
+        names.imports |= {s.get_name() for s in symbols if s.is_imported()}
+        names.binds |= bound
+    names.needs |= later - names.binds
+    return names
+
+
+def _globals(table: symtable.SymbolTable) -> set[str]:
+    """Global names that are read in a piece of code, its functions and comprehensions."""
+    top = table.get_type() == "module"
+    used = {
+        s.get_name() for s in table.get_symbols() if s.is_referenced() and (top or s.is_global())
+    }
+    for child in table.get_children():
+        used |= _globals(child)
+    return used
+
+
+def _changed(statement: ast.stmt) -> set[str]:
+    """``a`` in ``a.b = ...``, ``a[i] = ...`` and ``a.method(...)`` as a statement."""
+    if isinstance(statement, ast.Assign | ast.AugAssign):
+        targets = statement.targets if isinstance(statement, ast.Assign) else [statement.target]
+    elif isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Call):
+        targets = [statement.value.func]
+    else:
+        targets = []
+    found = set()
+    for target in targets:
+        inner = target
+        while isinstance(inner, ast.Attribute | ast.Subscript | ast.Call):
+            inner = inner.func if isinstance(inner, ast.Call) else inner.value
+        if isinstance(inner, ast.Name) and inner is not target:
+            found.add(inner.id)
+    return found
+
+
+def needed(sources: Sequence[str], wanted: set[int]) -> list[int]:
+    """Indices of the cells to run so that those wanted can run, going back from the last.
+
+    A cell is needed if it binds a name that a later needed cell needs, or changes what such a
+    name stands for (modules left out: ``figures.show(...)`` changes nothing).
+    """
+    names = [names_of(source) for source in sources]
+    modules = set().union(*(n.imports for n in names))
+    missing: set[str] = set()
+    chosen = []
+    for i in reversed(range(len(sources))):
+        n = names[i]
+        if i in wanted or n.binds & missing or (n.changes - modules) & missing:
+            chosen.append(i)
+            missing -= n.binds
+            missing |= n.needs
+    return chosen[::-1]
+
+
+class _Reports(ast.NodeTransformer):
+    """``check.close(what, got, expected, atol)`` -> ``check.report(what, got, atol)``."""
+
+    def visit_Call(self, node: ast.Call) -> ast.Call:
+        self.generic_visit(node)
+        if ast.unparse(node.func) not in ("check.close", "check.equal"):
+            return node
+        given = dict(zip(("what", "got", "expected", "atol"), node.args, strict=False))
+        given |= {keyword.arg: keyword.value for keyword in node.keywords}
+        exact = ast.unparse(node.func) == "check.equal"
+        atol = ast.Constant(0) if exact else given.get("atol", ast.Constant(1e-6))
+        node.func = ast.parse("check.report", mode="eval").body
+        node.args, node.keywords = [given["what"], given["got"], atol], []
+        return node
+
+
+def as_reports(checks: str) -> str:
+    """Visible checks as tests that hold no expected value.
+
+    What was computed for expected values alone is left out, so that an answer finds it nowhere.
+    """
+    tree = _Reports().visit(ast.parse(checks))
+    while True:
+        used = {
+            node.id
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)
+        }
+        kept = [node for node in tree.body if not _idle(node, used)]
+        if len(kept) == len(tree.body):
+            return ast.unparse(ast.fix_missing_locations(tree))
+        tree.body = kept
+
+
+def _idle(statement: ast.stmt, used: set[str]) -> bool:
+    """Does a statement only assign to names that nobody reads?"""
+    if not isinstance(statement, ast.Assign):
+        return False
+    targets = [node for target in statement.targets for node in ast.walk(target)]
+    plain = all(isinstance(node, ast.Name | ast.Tuple | ast.Store) for node in targets)
+    return plain and not any(isinstance(node, ast.Name) and node.id in used for node in targets)
+
+
+def without_checks(source: str, checks: str) -> str:
+    """An answer without the visible checks that the student was given."""
+    tree, given = parse(source), parse(checks)
+    if tree is None or given is None:
+        return source
+    known = {ast.dump(statement) for statement in given.body}
+    lines = source.split("\n")
+    for statement in reversed(tree.body):
+        if ast.dump(statement) in known:
+            lines[statement.lineno - 1 : statement.end_lineno] = []
+    return "\n".join(lines)
+
+
+# --- the notebook ---
+
+
+def graft(master: Master, answers: dict[str, str]) -> NotebookNode:
+    """The master's cells that the tests need, with these answers; no solution is in it.
+
+    Args:
+        answers: question -> source. Other questions get their stub and no tests.
+    """
+    sources, ids, wanted = [], [], set()
+    hidden = {test for q in answers for test in master.questions[q].tests}
+
+    def add(ident: str, source: str, want: bool) -> None:
+        if want:
+            wanted.add(len(sources))
+        sources.append(source)
+        ids.append(ident)
+
+    for cell in master.notebook.cells:
+        tpt = cell.metadata.get("tpt", {})
+        if cell.cell_type != "code" or (tpt.get("hidden") and cell.id not in hidden):
+            continue
+        if "q" not in tpt or tpt.get("hidden"):
+            add(cell.id, cell.source, "hidden" in tpt)
+            continue
+        question = master.questions[tpt["q"]]
+        given = answers.get(question.id)
+        add(cell.id, without_checks(given or question.stub, question.checks), given is not None)
+        if given is not None and not question.tests:
+            add(f"{cell.id}-checks"[-64:], as_reports(question.checks), True)
+    chosen = needed(sources, wanted)
+    notebook = nbformat.v4.new_notebook()
+    notebook.cells = [nbformat.v4.new_code_cell(sources[i], id=ids[i]) for i in chosen]
+    notebook.metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3"}}
+    return notebook
+
+
+def test_cells(question: Question) -> tuple[str, ...]:
+    """Ids of the cells that test a question in a grafted notebook."""
+    return question.tests or (f"{question.cell}-checks"[-64:],)
