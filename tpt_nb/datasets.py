@@ -1,16 +1,22 @@
 """Data sets by name: map-style sets of (PIL RGB image, target) with their class names.
 
-The embedded IconShift variants are always there; ``folder`` reads any tree of class folders.
+The embedded IconShift variants are always there; ``folder`` reads any tree of class folders, here
+or remote; the field's sets (ImageNet and its variants, the cross-domain ones) are read from where
+they are kept, see :mod:`tpt_nb.benchmarks`, and downloaded where their authors let one.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from . import iconshift
+from . import benchmarks, iconshift
+from .benchmarks import BENCHMARKS
+from .folder import Folder, load_folder
+from .paths import datasets_dir
+from .sources import how_to_get
 
 
 @dataclass
@@ -18,7 +24,8 @@ class Dataset:
     """Images with targets; ``ds[i]`` decodes or composes image i, and may raise on a damaged one.
 
     ``ids`` are stable and unique within ``fingerprint`` (a hash of what the images depend on),
-    whatever subset was asked for, so that a cache can serve subsets.
+    whatever subset was asked for, so that a cache can serve subsets. ``note`` is what a reader of
+    numbers should know about the set, such as that it is not the whole one.
     """
 
     name: str
@@ -28,6 +35,7 @@ class Dataset:
     fingerprint: str
     fetch: Callable[[int], Image.Image] = field(repr=False)
     paths: list[str] | None = field(default=None, repr=False)
+    note: str = ""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -92,7 +100,7 @@ ICONSHIFT = tuple(v for v in iconshift.VARIANTS if v != "iconshift-train")
 
 def known() -> list[str]:
     """Names that :func:`load` accepts."""
-    return [*ICONSHIFT, "folder"]
+    return [*ICONSHIFT, "folder", *BENCHMARKS]
 
 
 def load(
@@ -100,33 +108,51 @@ def load(
     n: int | None = None,
     seed: int = 0,
     root: str | Path | None = None,
-    classnames: list[str] | None = None,
-) -> Dataset:
+    classnames: Mapping[str, str] | Sequence[str] | None = None,
+) -> Dataset | Folder:
     """A data set by name, or a class-balanced subset of ``n`` images of it.
 
     Args:
         name: one of :func:`known`.
         n: how many images; None or 0 for all.
         seed: chooses the subset (and nothing else).
-        root: for ``folder``: a folder with one folder of images per class.
-        classnames: for ``folder``: the expected class names; by default the folder names.
+        root: for ``folder``: a folder with one folder of images per class. For the field's sets:
+            the folder of the set, or one that holds many; by default the place where downloads go
+            (:func:`tpt_nb.paths.datasets_dir`). Class folders may be remote (``s3://...``).
+        classnames: for ``folder``: the expected class names; by default the folder names. For the
+            field's sets: other wordings, in label order or as a mapping.
 
     Raises:
-        ValueError: unknown name, ``n`` out of range, ``root`` missing or of the wrong layout.
-        FileNotFoundError, OSError: a shipped file is missing or damaged (the message says how to
-        rebuild it).
+        ValueError: unknown name, ``n`` out of range, ``root`` missing or of the wrong layout,
+            folders or labels that do not fit the class names.
+        FileNotFoundError, OSError: the data set is not here (the message says how to get it); a
+            shipped file is missing or damaged (the message says how to rebuild it).
     """
     if name in ICONSHIFT:
         return _iconshift(name, n, seed)
-    if name != "folder":
+    if name in BENCHMARKS:
+        whole = benchmarks.load(name, root or _default_root(name), classnames)
+    elif name != "folder":
         raise ValueError(f"unknown data set {name!r}; known: {', '.join(known())}")
-    if root is None:
+    elif root is None:
         raise ValueError("data set 'folder' needs root=PATH, a folder with one folder per class")
-    from .folder import load_folder
-
-    whole = load_folder(root, classnames)
+    else:
+        whole = load_folder(root, classnames)
     chosen = balanced_subset(whole.targets, n, seed)
     return whole if len(chosen) == len(whole) else subset(whole, chosen)
+
+
+def _default_root(name: str) -> Path:
+    """Where the data set is, if it was downloaded or put into the usual folder."""
+    usual = datasets_dir()
+    if (usual / name).is_dir():
+        return usual / name
+    if any((usual / place).is_dir() for place in BENCHMARKS[name].places if place):
+        return usual
+    raise FileNotFoundError(
+        f"{name} is not on this machine (looked in {usual}). If you have it, give its folder as "
+        f"root, or put it there; TPT_NB_DATASETS names another folder. {how_to_get(name)}"
+    )
 
 
 @dataclass(frozen=True)
@@ -148,4 +174,5 @@ def subset(whole: Dataset, positions: list[int]) -> Dataset:
         fingerprint=whole.fingerprint,
         fetch=_Subset(whole, tuple(positions)),
         paths=[whole.paths[i] for i in positions] if whole.paths else None,
+        note=whole.note,
     )
