@@ -1,12 +1,13 @@
 """Run a grid of configurations and put the results into one table.
 
-    python ci/sweep.py GRID.yaml [--out DIR] [--jobs N] [--json] [--OPTION VALUE ...]
+    python ci/sweep.py GRID.yaml [--out DIR] [--jobs N] [--json] [--save STEM] [--OPTION VALUE ...]
 
 A grid is a YAML file: ``rows``, a list of mappings from the options of ``python -m tpt_nb
 evaluate`` to values (a list of values stands for one row each; two lists for all pairs),
 ``common``, options that all rows share, and ``baseline``, the label of the row with which the
 others are compared image by image. A row may carry a ``label``, and numbers under ``reported``
-that go into the table as they are. Options on the command line override the file.
+that go into the table as they are; ``about`` says what the grid is and who reported them. Options
+on the command line override the file.
 
 Each row is a run in a process of its own, forked from one that has imported torch, so that a crash
 ends one row. A run that is finished is loaded, a killed one goes on. Rows with the same images,
@@ -14,7 +15,9 @@ model and augmenter share their features through the cache: the first of them en
 wait for it. Rows that fail are listed at the end; the exit code is then 1.
 
 ``DIR`` (runs/<name of the grid> by default) gets the runs, a log per row, ``table.csv`` and
-``table.md``.
+``table.md``. ``--save STEM`` writes a table to be committed too, ``STEM.csv`` and ``STEM.md``: what
+was measured on which images with which weights, and nothing that depends on the day or the machine
+(no seconds). It is not written if a row failed.
 """
 
 import argparse
@@ -64,8 +67,8 @@ class Row:
 # --- the grid ------------------------------------------------------------------------------------
 
 
-def read_grid(path: Path, overrides: Mapping) -> tuple[str, list[Row]]:
-    """Label of the baseline row ("" for none) and the rows of a grid file.
+def read_grid(path: Path, overrides: Mapping) -> tuple[str, list[Row], str]:
+    """Label of the baseline row ("" for none), the rows of a grid file, and what it is about.
 
     Raises ``ValueError`` if the file is no grid. A row whose options are wrong is a failed row.
     """
@@ -94,7 +97,7 @@ def read_grid(path: Path, overrides: Mapping) -> tuple[str, list[Row]]:
     baseline = grid.get("baseline", "")
     if baseline and baseline not in labels:
         raise ValueError(f"{path}: {unknown('baseline', baseline, labels)}")
-    return baseline, rows
+    return baseline, rows, str(grid.get("about", ""))
 
 
 def expand(entry: Mapping) -> list[Row]:
@@ -264,7 +267,8 @@ def table(rows: Sequence[Row], baseline: str) -> list[dict]:
             "improved": s["improved"],
             "worsened": s["worsened"],
         }
-        paired = compare(reference.records, done.records) if reference else None
+        # the table has no bootstrap interval, so none is drawn
+        paired = compare(reference.records, done.records, resamples=1) if reference else None
         for name, key in (("gain", "gain"), ("p", "p_value")):
             line[f"{name}_vs_baseline"] = paired[key] if paired else None
         line["gain_ci_low"], line["gain_ci_high"] = paired["gain_ci95"] if paired else (None, None)
@@ -312,6 +316,52 @@ def markdown(lines: Sequence[Mapping], baseline: str, failed: Sequence[Row]) -> 
     return "\n".join(out) + "\n"
 
 
+def save(stem: Path, about: str, rows: Sequence[Row], lines: Sequence[Mapping], text: str) -> None:
+    """Write the table to be committed: with what the numbers depend on, without day and machine.
+
+    The column ``right`` has a bit per image (``numpy.packbits``, hexadecimal), in the order of the
+    data set: any two rows can be compared image by image.
+
+    Raises ``ValueError`` if the rows are not over the same images with the same weights.
+    """
+    import numpy as np
+
+    from tpt_nb import clip as clips
+    from tpt_nb import datasets
+    from tpt_nb.metrics import correct
+
+    configs = {row.label: row.config for row in rows}
+    facts, first = [], []
+    for line in lines:
+        c = configs[line["label"]]
+        facts.append(tuple(getattr(c, name) for name in (*SHARED, "learning_rate")))
+    if len(set(facts)) > 1:
+        raise ValueError("the rows differ in images, model, seed or learning rate: not saved")
+    images = datasets.load(c.dataset, n=1, root=c.root or None)
+    known = {
+        "model_fingerprint": clips.load(c.model, device=c.device).fingerprint,
+        "data_fingerprint": images.fingerprint,
+        "seed": c.seed,
+        "subset_seed": c.subset_seed,
+        "learning_rate": c.learning_rate,
+        "selection_p_all": c.selection_p_all,
+    }
+    kept = []
+    for line in lines:
+        frame = load_run(next(row.folder for row in rows if row.label == line["label"])).frame
+        ids = list(frame["id"])
+        if ids != (first := first or ids):
+            raise ValueError("images failed in some rows and not in others: not saved")
+        line = {k: v for k, v in line.items() if k != "seconds_per_image"} | known
+        kept.append(line | {"right": np.packbits(correct(frame)).tobytes().hex()})
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    write_csv(stem.with_name(stem.name + ".csv"), kept)
+    head = f"{lines[0]['model']} on {lines[0]['dataset']}, n = {lines[0]['n']} images per row; "
+    head += "; ".join(f"{name.replace('_', ' ')} {value}" for name, value in known.items())
+    parts = [" ".join(about.split()), head + ".", text]
+    write(stem.with_name(stem.name + ".md"), "\n\n".join(part for part in parts if part))
+
+
 def write(path: Path, text: str) -> None:
     """Whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
@@ -338,6 +388,7 @@ def parser() -> argparse.ArgumentParser:
     main_parser.add_argument("grid", type=Path, metavar="GRID.yaml")
     main_parser.add_argument("--jobs", type=int, help="rows at a time; default: cores, 1 on CUDA")
     main_parser.add_argument("--json", action="store_true", help="end with one JSON object")
+    main_parser.add_argument("--save", type=Path, metavar="STEM", help="STEM.csv and STEM.md too")
     hints = typing.get_type_hints(RunConfig)
     for field in dataclasses.fields(RunConfig):
         names = dict.fromkeys([f"--{field.name}", f"--{field.name.replace('_', '-')}"])
@@ -352,11 +403,11 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code."""
     args = vars(parser().parse_args(argv))
-    path, jobs, as_json = (args.pop(name) for name in ("grid", "jobs", "json"))
+    path, jobs, as_json, stem = (args.pop(name) for name in ("grid", "jobs", "json", "save"))
     out = Path(args.pop("out", Path("runs") / path.stem))
     began = time.perf_counter()
     try:
-        baseline, rows = read_grid(path, args)
+        baseline, rows, about = read_grid(path, args)
     except (ValueError, OSError) as error:
         print(f"python ci/sweep.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
@@ -371,6 +422,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     text = markdown(lines, baseline, failed)
     write_csv(out / "table.csv", lines)
     write(out / "table.md", text)
+    if stem and failed:
+        print(f"{stem} is left as it was: rows failed", file=sys.stderr)
+    elif stem:
+        try:
+            save(stem, about, rows, lines, text)
+        except ValueError as error:
+            print(f"python ci/sweep.py: {error}", file=sys.stderr)
+            return 2
     seconds = time.perf_counter() - began
     print(f"\n{text}\n{len(lines)} rows, {len(failed)} failed, {seconds:.0f} s -> {out}/table.csv")
     if as_json:

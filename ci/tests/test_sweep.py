@@ -9,10 +9,12 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from test_experiment import world  # noqa: F401 (a fixture)
 
+from tpt_nb import clip as clips
 from tpt_nb import metrics
 from tpt_nb.experiment import RunConfig, load_run, validate
 
@@ -74,14 +76,56 @@ def test_a_sweep(grid, capsys):
     assert [row["label"] for row in table] == labels
     assert float(table[3]["p_vs_baseline"]) == result["rows"][3]["p_vs_baseline"]
 
+    # again: what is there is loaded, what a kill left half done is finished with the same bytes
     records = {path: path.read_bytes() for path in Path("runs/small").glob("*/records.jsonl")}
-    assert sweep.main([*command[:3], "--jobs", "1"]) == 1  # again: everything is there
-    assert "patch_loss2_study: " in capsys.readouterr().out
+    half = sorted(records)[-1]
+    half.write_bytes(records[half][: len(records[half]) // 2])
+    (half.parent / "summary.json").unlink()
+    seconds = table.pop(labels.index(by_run(result, half)))["seconds_per_image"]
+    assert sweep.main([*command, "--save", "kept/small"]) == 1
+    captured = capsys.readouterr()
+    assert "patch_loss2_study: " in captured.out
     assert {p: p.read_bytes() for p in Path("runs/small").glob("*/records.jsonl")} == records
     with open("runs/small/table.csv") as file:
-        assert list(csv.DictReader(file)) == table
+        again = list(csv.DictReader(file))
+    assert again.pop(labels.index(by_run(result, half)))["seconds_per_image"] != seconds
+    assert again == table
+    assert "rows failed" in captured.err and not Path("kept").exists()
+
+    # a table to keep says what was measured on what, and not when or how fast
+    about = {"about": "six  rows", "rows": [ROWS[0], ROWS[1], ROWS[3]]}
+    text = yaml.safe_dump({**yaml.safe_load(grid.read_text()), **about}, sort_keys=False)
+    grid.write_text(text)
+    assert sweep.main([*command[:3], "--save", "kept/small"]) == 0
+    with open("kept/small.csv") as file:
+        kept = list(csv.DictReader(file))
+    assert [row["label"] for row in kept] == labels and "seconds_per_image" not in kept[0]
+    assert [float(row["accuracy"]) for row in kept] == [r["accuracy"] for r in result["rows"]]
+    for row in kept:
+        bits = np.unpackbits(np.frombuffer(bytes.fromhex(row["right"]), np.uint8))[: int(row["n"])]
+        assert bits.tolist() == metrics.correct(runs[row["label"]].records).astype(int).tolist()
+    model = clips.load(yaml.safe_load(grid.read_text())["common"]["model"])
+    assert {row["model_fingerprint"] for row in kept} == {model.fingerprint}
+    text = Path("kept/small.md").read_text()
+    assert text.startswith("six rows\n\n") and model.fingerprint in text
+    bytes_ = [Path(f"kept/small.{kind}").read_bytes() for kind in ("csv", "md")]
+    sweep.main([*command[:3], "--out", "elsewhere", "--jobs", "1", "--save", "kept/small"])
+    assert [Path(f"kept/small.{kind}").read_bytes() for kind in ("csv", "md")] == bytes_
 
 
+def by_run(result: dict, records: Path) -> str:
+    return next(row["label"] for row in result["rows"] if row["run"] == records.parent.name)
+
+
+def test_rows_over_other_images_are_not_kept_in_one_table(tmp_path):
+    rows = [sweep.Row(str(n), {}, config=RunConfig(reduced_size=n)) for n in (5, 6)]
+    lines = [{"label": row.label, "seconds_per_image": 1.0} for row in rows]
+    with pytest.raises(ValueError, match="differ in images"):
+        sweep.save(tmp_path / "kept", "", rows, lines, "")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow  # test_a_sweep finishes a half done run, this one ends a real process
 def test_a_killed_sweep_leaves_no_process_and_goes_on(grid, capsys):
     few = yaml.safe_load(grid.read_text())
     few["rows"] = [{"label": "TPT"}, {"label": "more", "n_aug": 9}]
@@ -89,7 +133,7 @@ def test_a_killed_sweep_leaves_no_process_and_goes_on(grid, capsys):
     command = [sys.executable, str(REPO / "ci" / "sweep.py"), str(grid), "--jobs", "1"]
     command += ["--reduced_size", "24", "--out", "here"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    deadline = time.time() + 120
+    deadline = time.time() + 300
     while not list(Path("here").glob("*/records.jsonl")) and time.time() < deadline:
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
@@ -166,8 +210,8 @@ def test_no_file_and_no_such_option(tmp_path, capsys):
 
 @pytest.mark.parametrize("name, number", [("study", 28), ("corrected", 28)])
 def test_the_grids_that_ship_are_right(name, number):
-    baseline, rows = sweep.read_grid(REPO / "notebooks" / "sweeps" / f"{name}.yaml", {})
-    assert baseline == "TPT" and len(rows) == number
+    baseline, rows, about = sweep.read_grid(REPO / "notebooks" / "sweeps" / f"{name}.yaml", {})
+    assert baseline == "TPT" and len(rows) == number and about
     for row in rows:
         validate(RunConfig.from_dict(row.values))
     if name == "study":
@@ -180,7 +224,7 @@ def test_the_grids_that_ship_are_right(name, number):
 
 def test_overrides_win(tmp_path):
     (tmp_path / "g.yaml").write_text("rows: [{n_aug: [1, 2], seed: 3}]\ncommon: {seed: 1, lr: 2}")
-    _, rows = sweep.read_grid(tmp_path / "g.yaml", {"seed": 9})
+    _, rows, _ = sweep.read_grid(tmp_path / "g.yaml", {"seed": 9})
     assert [row.values for row in rows] == [{"seed": 9, "lr": 2, "n_aug": n} for n in (1, 2)]
     assert [row.label for row in rows] == ["n_aug=1", "n_aug=2"]
     sweep.prepare(rows, tmp_path)
