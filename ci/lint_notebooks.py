@@ -1,0 +1,268 @@
+"""Check that the lessons look like lessons: what notebook_format.py checks, and more.
+
+One heading, minutes to run and to read, one setup cell, parameters that papermill can read, cells
+of a readable length, exercises with difficulty, minutes, stub, check and hint, sections in the
+usual order, links that lead somewhere, papers in the bibliography. Part of ``bash ci/test``.
+"""
+
+import argparse
+import ast
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import nbformat
+from nbformat import NotebookNode
+from notebook_format import problems
+
+REPO = Path(__file__).resolve().parent.parent
+CELL, SETUP, ROW = 50, 32, 50  # lines of code: of any cell, of the setup, of two cells in a row
+LONG = 15  # a cell longer than this counts for ROW
+EXERCISES = range(4, 9)
+LAST = ("Limits", "Conclusion", "References")  # the last sections, in this order
+HEADING = re.compile(r"^(#{1,6}) +(.+?)\s*$", re.MULTILINE)
+EXERCISE = re.compile(
+    r"^\*\*Exercise (\d\d\.\d+) · [^*]+\*\*"
+    r" · difficulty [●○]{3} · importance [●○]{3} · \d+ minutes$",
+    re.MULTILINE,
+)
+LINK = re.compile(r"!?\[([^\]]*)\]\(([^()\s]*(?:\([^()\s]*\)[^()\s]*)*)([^)]*)\)")
+ARXIV = re.compile(r"arxiv\.org/abs/(\d{4}\.\d{4,5})", re.IGNORECASE)
+WORDS = {"half a": 0.5, "a": 1, "one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "ten": 10}
+NUMBER = r"\d+(?:\.\d+)?"
+TIME = re.compile(
+    rf"\b({'|'.join(sorted(WORDS, key=len, reverse=True))}|{NUMBER})\s+"
+    r"(minute|second)s?\b(\s+and\s+a\s+half)?",
+    re.IGNORECASE,
+)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Print what is wrong with the notebooks; 1 if something is."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("notebooks", nargs="*", type=Path, help="default: all in notebooks/")
+    parser.add_argument(
+        "--times", type=Path, metavar="JSON", help="results.json of bash ci/run: compare minutes"
+    )
+    args = parser.parse_args(argv)
+    paths = args.notebooks or sorted((REPO / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+    seconds = {}
+    if args.times:
+        ran = json.loads(args.times.read_text())["notebooks"]
+        seconds = {entry["name"]: entry["seconds"] for entry in ran if entry["passed"]}
+    found = [
+        f"{path.name}: {text}"
+        for path in paths
+        for text in lint(path, seconds.get(path.stem), known_sources())
+    ]
+    print("\n".join(found) if found else f"{len(paths)} notebooks: nothing to complain about")
+    return 1 if found else 0
+
+
+def known_sources() -> set[str]:
+    """The arXiv numbers in the bibliography."""
+    text = (REPO / "notebooks" / "references.bib").read_text(encoding="utf-8")
+    return set(re.findall(r"^\s*eprint\s*=\s*\{([\d.]+)\}", text, re.MULTILINE))
+
+
+def lint(path: Path, seconds: float | None, sources: set[str]) -> list[str]:
+    """What is wrong with a notebook, one line each.
+
+    Args:
+        path: of the notebook.
+        seconds: that its last run took, if known.
+        sources: arXiv numbers that the bibliography has.
+    """
+    notebook = nbformat.read(path, as_version=4)
+    number = path.name[:2]
+    found = problems(notebook, path.stat().st_size)
+    found += header(notebook, number, seconds)
+    found += order(notebook)
+    found += parameters(notebook)
+    found += lengths(notebook)
+    found += exercises(notebook, number)
+    found += links(notebook, path.parent, sources)
+    return found
+
+
+def header(notebook: NotebookNode, number: str, seconds: float | None = None) -> Iterator[str]:
+    """The title and the minutes."""
+    markdown = [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
+    titles = [text for source in markdown for level, text in headings(source) if level == 1]
+    if len(titles) != 1:
+        yield f"{len(titles)} headings of the first level, not one"
+    first = notebook.cells[0]
+    if first.cell_type != "markdown" or not first.source.startswith(f"# {number} · "):
+        yield f"the first cell does not begin with '# {number} · title'"
+        return
+    minutes = minutes_to_run(first.source)
+    if minutes is None:
+        yield "the first cell does not say how long it runs ('runs in about two minutes')"
+    elif seconds is not None and not minutes / 2 <= seconds / 60 <= minutes * 2:
+        yield f"the first cell says {minutes:g} minutes, the last run took {seconds / 60:.1f}"
+    if not re.search(r"\bread", first.source, re.IGNORECASE):
+        yield "the first cell does not say how long it takes to read"
+
+
+def minutes_to_run(text: str) -> float | None:
+    """The minutes in the clause on running, in figures or words; None if there is none."""
+    for clause in re.split(r"[·;]|\.\s", text):
+        if re.search(r"\brun(?:s|ning)?\b", clause, re.IGNORECASE):
+            for number, unit, half in TIME.findall(clause):
+                value = WORDS.get(number.lower()) or float(number)
+                value += 0.5 if half else 0
+                return value if unit.lower() == "minute" else value / 60
+    return None
+
+
+def headings(source: str) -> list[tuple[int, str]]:
+    """(level, text) of the headings outside of code blocks."""
+    plain = re.sub(r"^```.*?^```", "", source, flags=re.MULTILINE | re.DOTALL)
+    return [(len(marks), text) for marks, text in HEADING.findall(plain)]
+
+
+def order(notebook: NotebookNode) -> Iterator[str]:
+    """Setup, parameters, body, and the last sections."""
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    if not code or "import tpt_nb" not in code[0].source:
+        yield "the first code cell is not the setup (import tpt_nb)"
+    elif length(code[0]) > SETUP:
+        yield f"the setup has {length(code[0])} lines, more than {SETUP}"
+    if len(code) < 2 or "parameters" not in code[1].metadata.get("tags", []):
+        yield "the second code cell is not tagged 'parameters'"
+    texts = [
+        text
+        for cell in notebook.cells
+        if cell.cell_type == "markdown"
+        for level, text in headings(cell.source)
+        if level == 2
+    ]
+    if tuple(texts[-len(LAST) :]) != LAST:
+        yield f"the last sections are not {', '.join(LAST)}, but {', '.join(texts[-len(LAST) :])}"
+    last = notebook.cells[-1]
+    if "CC BY 4.0" not in last.source or "MIT" not in last.source:
+        yield "the last cell does not name the licences of text and code"
+
+
+def parameters(notebook: NotebookNode) -> Iterator[str]:
+    """papermill reads the parameters line by line: name, type, literal, comment."""
+    for cell in notebook.cells:
+        if "parameters" not in cell.metadata.get("tags", []):
+            continue
+        for line in filter(str.strip, cell.source.split("\n")):
+            if line.lstrip().startswith("#"):
+                continue
+            shown = line.split("#")[0].strip()
+            if line.count("=") > 1:
+                yield f"parameter {shown!r}: papermill cannot read a line with a second '='"
+                continue
+            try:
+                statement = ast.parse(line.strip()).body[0]
+                ast.literal_eval(statement.value)
+                typed = isinstance(statement, ast.AnnAssign)
+            except (SyntaxError, ValueError, AttributeError, IndexError):
+                yield f"parameter {shown!r} is not 'name: type = literal'"
+                continue
+            if not typed:
+                yield f"parameter {shown!r} has no type"
+            if "#" not in line:
+                yield f"parameter {shown!r} has no comment that explains it"
+
+
+def length(cell: NotebookNode) -> int:
+    """Lines of a cell that are not empty."""
+    return sum(bool(line.strip()) for line in cell.source.split("\n"))
+
+
+def is_hidden(cell: NotebookNode) -> bool:
+    """Is it a hidden test, which no student sees?"""
+    return bool(cell.metadata.get("tpt", {}).get("hidden"))
+
+
+def lengths(notebook: NotebookNode) -> Iterator[str]:
+    """No cell of code is too long to be read at once, nor two without a word between them."""
+    before = 0
+    for i, cell in enumerate(notebook.cells, 1):
+        if is_hidden(cell):
+            continue
+        if cell.cell_type != "code":
+            before = 0
+            continue
+        here = length(cell)
+        if here > CELL:
+            yield f"cell {i} has {here} lines of code, more than {CELL}"
+        elif min(here, before) > LONG and here + before > ROW:
+            yield f"cells {i - 1} and {i}: {before} and {here} lines of code without a word between"
+        before = here
+
+
+def exercises(notebook: NotebookNode, number: str) -> Iterator[str]:
+    """Four to eight, numbered, each with what a student needs."""
+    cells = notebook.cells
+    at = [
+        i
+        for i, cell in enumerate(cells)
+        if cell.cell_type == "code" and "q" in cell.metadata.get("tpt", {}) and not is_hidden(cell)
+    ]
+    if len(at) not in EXERCISES:
+        yield f"{len(at)} exercises, not {EXERCISES[0]} to {EXERCISES[-1]}"
+    for count, i in enumerate(at, 1):
+        q, source = cells[i].metadata.tpt.q, cells[i].source
+        where = f"exercise {q}"
+        if q != f"{number}.{count}":
+            yield f"{where} stands in the place of {number}.{count}"
+        if not isinstance(cells[i].metadata.tpt.get("points"), int | float):
+            yield f"{where} has no points"
+        start, end = source.find("# BEGIN SOLUTION"), source.find("# END SOLUTION")
+        if not 0 <= start < end:
+            yield f"{where}: no solution between # BEGIN SOLUTION and # END SOLUTION"
+            continue
+        if '"""' not in source[:start]:
+            yield f"{where}: the stub has no docstring (what comes in and out, with shapes)"
+        if "check." not in source[end:]:
+            yield f"{where}: no check in the same cell"
+        text = cells[i - 1].source if i and cells[i - 1].cell_type == "markdown" else ""
+        if q not in EXERCISE.findall(text):
+            yield f"{where}: above it must stand '**Exercise {q} · title** · difficulty ●○○ · ...'"
+        after = next((c.source for c in cells[i + 1 :] if not is_hidden(c)), "")
+        after = "" if EXERCISE.search(after) else after  # that hint is for the next one
+        if not any("<details>" in t and "Hint" in t for t in (text, after)):
+            yield f"{where}: no folded hint (<details><summary>Hint</summary>)"
+
+
+def links(notebook: NotebookNode, folder: Path, sources: set[str]) -> Iterator[str]:
+    """Links have an address, files that they name are there, papers are in the bibliography."""
+    for i, cell in enumerate(notebook.cells, 1):
+        if cell.cell_type != "markdown":
+            continue
+        text = re.sub(r"`[^`]*`|\$\$.*?\$\$|\$[^$\n]*\$", "", cell.source, flags=re.DOTALL)
+        for label, target, rest in LINK.findall(text):
+            problem = bad_link(label, target, rest, folder)
+            if problem:
+                yield f"cell {i}: link [{label}]({target}{rest}): {problem}"
+        for paper in ARXIV.findall(cell.source):
+            if paper not in sources:
+                yield f"cell {i}: arXiv:{paper} is not in notebooks/references.bib"
+
+
+def bad_link(label: str, target: str, rest: str, folder: Path) -> str:
+    """What is wrong with a link, or nothing."""
+    if not label.strip():
+        return "no text"
+    if rest.strip() and not re.fullmatch(r'\s+"[^"]*"', rest):
+        return "a space in the address"
+    parts = urlsplit(target)
+    if parts.scheme in ("http", "https"):
+        return "" if re.fullmatch(r"[\w-]+(\.[\w-]+)+(:\d+)?", parts.netloc) else "no host"
+    if parts.scheme == "mailto" or (not parts.path and parts.fragment):
+        return ""
+    if parts.scheme or not parts.path:
+        return "neither http nor a file"
+    return "" if (folder / parts.path).exists() else "there is no such file"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

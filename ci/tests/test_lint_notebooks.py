@@ -1,0 +1,237 @@
+"""The linter, on a notebook that it accepts and on that notebook broken once for each rule."""
+
+import copy
+import json
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+REPO = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(REPO / "ci"))
+
+import lint_notebooks  # noqa: E402
+
+PICTURE = {"image/png": "aGVsbG8=", "text/plain": "a figure"}
+EXERCISE = """\
+**Exercise 91.{k} · a sum** · difficulty ●○○ · importance ●●○ · 5 minutes
+
+<details><summary>Hint</summary>
+
+Add.
+
+</details>"""
+ANSWER = '''\
+def f(x: float) -> float:
+    """x + {k}"""
+    # BEGIN SOLUTION
+    return x + {k}
+    # END SOLUTION
+
+
+check.equal("sum", f(1.0), {k} + 1.0)'''
+
+
+def good() -> nbformat.NotebookNode:
+    """A notebook that the linter accepts."""
+    text, code = new_markdown_cell, new_code_cell
+    cells = [
+        text("# 91 · A lesson\n\n*Run: about two minutes. Read: 5 minutes.*"),
+        code("import tpt_nb\nfrom tpt_nb import check"),
+        code("n: int = 3  # how many", metadata={"tags": ["parameters"]}),
+        text("## 1. Body\n\nSee [CLIP](https://arxiv.org/abs/2103.00020) and [it](sub/x.png)."),
+        code("1 + 1"),
+    ]
+    for k in range(1, 5):
+        cells.append(text(EXERCISE.format(k=k)))
+        tpt = {"q": f"91.{k}", "points": 1}
+        cells.append(code(ANSWER.format(k=k), metadata={"tpt": tpt}))
+    cells += [text("## Limits\n\nx"), text("## Conclusion\n\nx"), text("## References\n\nx")]
+    cells.append(text("*Text: CC BY 4.0. Code: MIT.*"))
+    for count, cell in enumerate([c for c in cells if c.cell_type == "code"], 1):
+        cell.execution_count = count
+    figure = new_output("display_data", PICTURE, metadata={"image/png": {"alt": "a figure"}})
+    cells[4].outputs = [figure]
+    kernel = {"name": "python3", "display_name": "Python 3"}
+    return new_notebook(cells=cells, metadata={"kernelspec": kernel})
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "x.png").write_bytes(b"")
+    return tmp_path
+
+
+def lint(notebook, folder, seconds=None) -> list[str]:
+    path = folder / "91_lesson.ipynb"
+    path.write_text(json.dumps(notebook))
+    return list(lint_notebooks.lint(path, seconds, {"2103.00020"}))
+
+
+def test_a_good_notebook_passes(folder):
+    assert lint(good(), folder) == []
+    assert lint(good(), folder, seconds=70) == []
+
+
+def replace(i, old, new):
+    def change(nb):
+        assert old in nb.cells[i].source
+        nb.cells[i].source = nb.cells[i].source.replace(old, new)
+
+    return change
+
+
+def put(i, **values):
+    return lambda nb: nb.cells[i].update(values)
+
+
+def tag(i, *tags):
+    return lambda nb: nb.cells[i].metadata.update(tags=list(tags))
+
+
+def lines(n):
+    return "\n".join(f"x{i} = {i}" for i in range(n))
+
+
+def two_cells_in_a_row(nb):
+    cells = [new_code_cell(lines(30), execution_count=3), new_code_cell(lines(30))]
+    nb.cells[4:5] = cells
+    renumber(nb)
+
+
+def drop(*at):
+    def change(nb):
+        nb.cells = [cell for i, cell in enumerate(nb.cells) if i not in at]
+        renumber(nb)
+
+    return change
+
+
+def renumber(nb):
+    for count, cell in enumerate([c for c in nb.cells if c.cell_type == "code"], 1):
+        cell.execution_count = count
+
+
+def output(i, *outputs):
+    return lambda nb: nb.cells[i].update(outputs=list(outputs))
+
+
+def swap(i, j):
+    def change(nb):
+        nb.cells[i], nb.cells[j] = nb.cells[j], nb.cells[i]
+
+    return change
+
+
+BROKEN = {
+    # what notebook_format.py checks
+    "count": (put(4, execution_count=9), "execution count 9, not 3"),
+    "not_run": (put(4, execution_count=None), "execution count None"),
+    "alt": (output(4, new_output("display_data", PICTURE)), "a picture has no alt text"),
+    "svg": (
+        output(4, new_output("display_data", {"image/svg+xml": "<svg/>"})),
+        "stored as SVG or PDF",
+    ),
+    "error": (output(4, new_output("error", ename="E", evalue="", traceback=[])), "an error: E"),
+    "size": (
+        output(4, new_output("stream", name="stdout", text="x" * 10**6)),
+        "bytes, more than 1000000",
+    ),
+    "widgets": (lambda nb: nb.metadata.update(widgets={}), "metadata of widgets"),
+    "kernel": (lambda nb: nb.metadata.kernelspec.update(name="julia"), "the kernel is not python3"),
+    "format": (lambda nb: nb.update(nbformat_minor=4), "nbformat is older than 4.5"),
+    "shell": (replace(4, "1 + 1", "!ls"), "'!' in the source"),
+    "install": (replace(4, "1 + 1", "%pip install torch"), "may break Colab's torch"),
+    "tensorboard": (replace(4, "1 + 1", "%tensorboard --logdir x"), "leaves a process"),
+    "exit": (replace(4, "1 + 1", "sys.exit(0)"), "stops a notebook silently"),
+    "login": (replace(4, "1 + 1", "notebook_login()"), "waits for a person"),
+    "progress": (replace(4, "1 + 1", "from tqdm.notebook import tqdm"), "stores a widget"),
+    "path": (replace(4, "1 + 1", "open('/home/me/x')"), "an absolute path: /home/me/x"),
+    "raises": (tag(4, "raises-exception"), "tagged raises-exception"),
+    "papermill": (tag(4, "injected-parameters"), "was added by papermill"),
+    # what lint_notebooks.py adds
+    "no_parameters": (tag(2), "0 cells are tagged 'parameters'"),
+    "late_parameters": (swap(2, 4), "the second code cell is not tagged 'parameters'"),
+    "second_equals": (replace(2, "how many", "n = 3"), "a second '='"),
+    "computed": (replace(2, "= 3", "= 3 * k"), "is not 'name: type = literal'"),
+    "no_type": (replace(2, "n: int", "n"), "has no type"),
+    "unexplained": (replace(2, "  # how many", ""), "has no comment"),
+    "setup": (replace(1, "import tpt_nb", "import numpy"), "is not the setup"),
+    "long_setup": (replace(1, "import tpt_nb", f"{lines(40)}\nimport tpt_nb"), "setup has 42"),
+    "title": (replace(0, "# 91 · A", "# A"), "does not begin with '# 91 · title'"),
+    "two_titles": (replace(3, "## 1.", "# 1."), "2 headings of the first level"),
+    "no_minutes": (replace(0, "Run: about two minutes. ", ""), "how long it runs"),
+    "no_reading": (replace(0, " Read: 5 minutes.", ""), "how long it takes to read"),
+    "long_cell": (replace(4, "1 + 1", lines(51)), "51 lines of code, more than 50"),
+    "row": (two_cells_in_a_row, "without a word between"),
+    "order": (swap(-4, -3), "the last sections are not Limits, Conclusion, References"),
+    "licence": (replace(-1, "CC BY 4.0", "free"), "the licences of text and code"),
+    "few_exercises": (drop(11, 12), "3 exercises, not 4 to 8"),
+    "numbering": (swap(6, 8), "exercise 91.2 stands in the place of 91.1"),
+    "points": (lambda nb: nb.cells[6].metadata.tpt.pop("points"), "91.1 has no points"),
+    "no_solution": (replace(6, "# BEGIN SOLUTION", "#"), "no solution between"),
+    "no_docstring": (replace(6, '"""x + 1"""', "#"), "the stub has no docstring"),
+    "no_check": (replace(6, "check.equal", "print"), "no check in the same cell"),
+    "difficulty": (replace(5, "●○○", "easy"), "above it must stand '**Exercise 91.1"),
+    "time": (replace(5, "5 minutes", "soon"), "above it must stand '**Exercise 91.1"),
+    "hint": (replace(5, "Hint", "More"), "91.1: no folded hint"),
+    "no_host": (replace(3, "https://arxiv.org", "https:///arxiv.org"), "no host"),
+    "no_text": (replace(3, "[it]", "[]"), "no text"),
+    "no_file": (replace(3, "sub/x.png", "sub/y.png"), "there is no such file"),
+    "scheme": (replace(3, "sub/x.png", "htp:x.png"), "neither http nor a file"),
+    "space": (replace(3, "sub/x.png", "sub/x y.png"), "a space in the address"),
+    "unknown_paper": (replace(3, "2103.00020", "2103.00021"), "not in notebooks/references.bib"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_broken_notebook_is_refused(name, folder):
+    notebook = copy.deepcopy(good())
+    change, message = BROKEN[name]
+    change(notebook)
+    found = lint(notebook, folder)
+    assert any(message in text for text in found), found
+
+
+def test_every_way_of_breaking_is_one(folder):
+    for change, _ in BROKEN.values():
+        before = good()
+        notebook = copy.deepcopy(before)
+        change(notebook)
+        assert notebook != before
+
+
+@pytest.mark.parametrize(("seconds", "message"), [(55, "took 0.9"), (260, "took 4.3")])
+def test_minutes_are_compared_with_the_last_run(seconds, message, folder):
+    assert any(message in text for text in lint(good(), folder, seconds))
+
+
+@pytest.mark.parametrize(
+    ("text", "minutes"),
+    [
+        ("40 minutes to read · runs in about a minute on two cores", 1),
+        ("*Run: about a minute and a half on two CPU cores. Read: 45 minutes.*", 1.5),
+        ("runs in half a minute", 0.5),
+        ("run 2.5 minutes", 2.5),
+        ("Running: 90 seconds", 1.5),
+        ("Read: 45 minutes. It trains.", None),
+    ],
+)
+def test_minutes_are_read_in_words_and_figures(text, minutes):
+    assert lint_notebooks.minutes_to_run(text) == minutes
+
+
+def test_the_command_names_the_notebook_and_fails(folder, capsys):
+    path = folder / "91_lesson.ipynb"
+    notebook = good()
+    path.write_text(json.dumps(notebook))
+    times = folder / "results.json"
+    entry = {"name": path.stem, "seconds": 100.0, "passed": True}
+    times.write_text(json.dumps({"notebooks": [entry]}))
+    assert lint_notebooks.main([str(path), "--times", str(times)]) == 0
+    times.write_text(json.dumps({"notebooks": [entry | {"seconds": 1000.0}]}))
+    assert lint_notebooks.main([str(path), "--times", str(times)]) == 1
+    assert "91_lesson.ipynb: the first cell says 2 minutes" in capsys.readouterr().out
