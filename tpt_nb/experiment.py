@@ -46,6 +46,12 @@ OF_METHOD = {  # options that one method alone has
     "repairs": "caption_prompts",
     "captioner": "caption_prompts",
 }
+RENAMED = {  # parameters of methods -> the study's names of them
+    "rho": "selection_p_all",
+    "lr": "learning_rate",
+    "steps": "tta_steps",
+    "alpha": "alpha_exponential_weightening",
+}
 ONE_VIEW = ("zero_shot", "caption_prompts")  # methods that look at the image only
 # these do not change what is computed, so runs that differ in them only are the same run
 NOT_IDENTITY = ("profile", "out", "run_name", "tensorboard", "workers", "cache")
@@ -74,7 +80,7 @@ class RunConfig:
     coop: str = _option("", "CoOp checkpoint to start from: a file, or mini for the embedded one")
     class_token_position: str = _option("end", "of the class name: end, middle or front")
     csc: bool = _option(False, "class-specific context: a context for each class")
-    templates: str = _option("", "single or seven: an ensemble of sentences instead of a context")
+    templates: str = _option("", "single, seven or eighty: sentences instead of a context")
     augmenter: str = _option("random", "how views are made: random (crops, as in TPT), patch")
     n_aug: int = _option(63, "augmented views of an image (and of each patch)")
     n_patches: int = _option(0, "patches of an image (patch): the largest square up to this")
@@ -88,10 +94,13 @@ class RunConfig:
     learning_rate: float | None = _option(None, "default: 0.005, for mini that of its model card")
     tta_steps: int = _option(1, "optimiser steps per image")
     optimizer: str = _option("adamw", "adamw or sgd, fresh for each image")
-    selection_p_all: float = _option(0.1, "rho: fraction of the views that are kept, in (0,1]")
+    selection_p_all: float | None = _option(
+        None, "rho: fraction of the views kept, in (0,1]; default: that of the method, TPT has 0.1"
+    )
     selection_p_patch: float = _option(0.9, "fraction kept within each patch, in (0,1]")
     alpha_exponential_weightening: float = _option(1.0, "alpha of the loss patch_loss6")
     exact: str = _option("fast", "fast (batched) or paper (77 tokens, one image at a time)")
+    params: str = _option("", "what else the method takes, as lambda_q=4,lambda_y=0.2")
     descriptions: str = _option("", "file {class: [sentences]} of ra_tta; default: IconShift's")
     database: str = _option("", "image database of ra_tta: a folder of build-database, a file")
     transport: str = _option("entropic", "of ra_tta: entropic, exact, independent or mean")
@@ -161,7 +170,7 @@ def validate(config: RunConfig) -> None:
         "optimizer": ["adamw", "sgd"],
         "exact": ["fast", "paper"],
         "class_token_position": ["end", "middle", "front"],
-        "templates": ["", "single", "seven"],
+        "templates": ["", "single", "seven", "eighty"],
         "transport": ["entropic", "exact", "independent", "mean"],
         "captioner": ["auto", "clip", "vit-gpt2"],
     }
@@ -186,11 +195,6 @@ def validate(config: RunConfig) -> None:
         value = getattr(config, name)
         if value is not None and not holds(value):
             raise ValueError(f"{name} is {value}; it must be {allowed}.")
-    if config.templates and config.method not in ("zero_shot", "confident_view"):
-        raise ValueError(
-            f"templates={config.templates!r} is an ensemble of sentences, which has no context for "
-            f"method {config.method!r} to tune; use zero_shot or confident_view, or no templates."
-        )
     for name, method in OF_METHOD.items():
         value = getattr(config, name)
         if config.method != method and value != getattr(RunConfig, name):
@@ -202,6 +206,12 @@ def validate(config: RunConfig) -> None:
     from tpt_nb import adapt, captions, losses, views  # behind the checks that need no torch
 
     _check_name("method", config.method, adapt.METHODS)
+    if config.templates and "lr" in inspect.signature(adapt.METHODS[config.method]).parameters:
+        raise ValueError(
+            f"templates={config.templates!r} is an ensemble of sentences, which has no context for "
+            f"method {config.method!r} to tune; use zero_shot or confident_view, or no templates."
+        )
+    more_params(config)
     captions.parse_repairs(config.repairs)
     _check_name("loss", config.loss, losses.LOSSES)
     _check_name("augmenter", config.augmenter, views.AUGMENTERS)
@@ -224,7 +234,7 @@ def _check_loss(config: RunConfig, patches: bool) -> None:
     groups = ((math.isqrt(config.n_patches) ** 2 if patches else 0) + 1, config.n_aug + 1)
     loss = make_loss(config, groups)
     if hasattr(loss, "select"):
-        loss.select(torch.zeros(math.prod(groups), 1), config.selection_p_all)
+        loss.select(torch.zeros(math.prod(groups), 1), config.selection_p_all or 0.1)
 
 
 def _check_name(name: str, value: str, known: typing.Iterable[str]) -> None:
@@ -264,6 +274,8 @@ def resolve(config: RunConfig) -> tuple[RunConfig, str]:
     changed["model"] = model = model if config.model == "auto" else config.model
     if changed["dataset"] not in datasets.known():
         raise ValueError(unknown("data set", changed["dataset"], datasets.known()))
+    if config.profile == "full":
+        bring(changed["dataset"], model, config.root)
     if config.device == "auto":
         changed["device"] = "cuda" if torch.cuda.is_available() else "cpu"
     else:
@@ -277,6 +289,9 @@ def resolve(config: RunConfig) -> tuple[RunConfig, str]:
             raise ValueError(f"device {config.device!r}: there is no CUDA GPU here; use cpu.")
     if config.learning_rate is None:
         changed["learning_rate"] = default_learning_rate(model)
+    if config.selection_p_all is None:
+        changed["selection_p_all"] = default_rho(config.method)
+    changed["params"] = ",".join(f"{k}={v}" for k, v in sorted(more_params(config).items()))
     if config.method in ONE_VIEW:  # the other views are not looked at
         usual = RunConfig()
         names = ("augmenter", "n_patches", "overlap", "crop_side", "augmix", "autoaugment")
@@ -304,7 +319,8 @@ def choose_profile(config: RunConfig) -> tuple[str, str]:
     """ "full" or "mini", and the reason as a sentence.
 
     "auto" is full only where a CUDA GPU, the weights and the data are there already: nothing is
-    downloaded on a guess. The embedded data set and the embedded model always mean mini.
+    downloaded on a guess, unless ``TPT_NB_DOWNLOAD=1`` says so (the notebooks' first cell sets it
+    on Colab and Kaggle). The embedded data set and the embedded model always mean mini.
     """
     if config.profile != "auto":
         return config.profile, "asked for"
@@ -312,11 +328,22 @@ def choose_profile(config: RunConfig) -> tuple[str, str]:
         return "mini", f"{config.dataset} is embedded"
     if config.model == "mini":
         return "mini", "the model mini is embedded"
+    if "auto" not in (config.dataset, config.model):
+        return "full", "data set and model are named"
     import torch
 
     if not torch.cuda.is_available():
         return "mini", "no CUDA GPU here"
     dataset, model = PROFILES["full"]
+    if os.environ.get("TPT_NB_DOWNLOAD") == "1":
+        try:
+            bring(
+                dataset if config.dataset == "auto" else config.dataset,
+                model if config.model == "auto" else config.model,
+                config.root,
+            )
+        except ValueError as error:
+            return "mini", " ".join(str(error).split())
     if config.model == "auto" and not weights_here(model):
         return "mini", f"the weights of {model} are not on this machine (model={model} gets them)"
     if config.dataset == "auto":
@@ -329,12 +356,44 @@ def choose_profile(config: RunConfig) -> tuple[str, str]:
     return "full", "a CUDA GPU, the weights and the data are here"
 
 
+def bring(dataset: str, model: str, root: str = "") -> None:
+    """Have the data set and the weights here, downloading what is not and can be.
+
+    With ``TPT_NB_DOWNLOAD=0`` nothing is downloaded. Raises ``ValueError`` with all that is missing
+    and from where it comes.
+    """
+    from tpt_nb import clip, datasets, sources
+
+    allowed, missing = os.environ.get("TPT_NB_DOWNLOAD") != "0", []
+    if model in clip.OPENAI_MODELS and not weights_here(model):
+        try:
+            if not allowed:
+                raise OSError("TPT_NB_DOWNLOAD=0 forbids to download them")
+            clip.fetch_weights(model)
+        except OSError as error:
+            missing.append(f"the weights of CLIP {model}: {error}")
+    try:
+        if allowed and not root and dataset in sources.SOURCES:
+            sources.get(dataset)
+        datasets.load(dataset, root=root or None)
+    except (ValueError, OSError) as error:
+        missing.append(f"the images of {dataset}: {error}")
+    if missing:
+        raise ValueError(
+            "not everything for the full profile is here:\n- "
+            + "\n- ".join(missing)
+            + "\nWithout them use profile=mini."
+        )
+
+
 def weights_here(model: str) -> bool:
     """Are OpenAI's weights of this model where open_clip or the clip package put them?"""
     import open_clip
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    if (Path.home() / ".cache" / "clip" / f"{model.replace('/', '-')}.pt").is_file():
+    from tpt_nb.clip import weights_file
+
+    if weights_file(model):
         return True
     hub = (open_clip.get_pretrained_cfg(model.replace("/", "-"), "openai") or {}).get("hf_hub", "")
     folder = Path(HF_HUB_CACHE) / f"models--{hub.strip('/').replace('/', '--')}" / "snapshots"
@@ -353,6 +412,46 @@ def default_learning_rate(model: str) -> float:
             f"no learning rate for the model mini: {path} should hold the key 'tpt_lr' "
             f"({type(error).__name__}); restore it with `git checkout`, or give learning_rate."
         ) from None
+
+
+def default_rho(method: str) -> float:
+    """The selection ratio that a method has by default; 0.1, as TPT, for those that have none."""
+    from tpt_nb.adapt import METHODS
+
+    rho = inspect.signature(METHODS[method]).parameters.get("rho")
+    return 0.1 if rho is None else float(rho.default)
+
+
+def more_params(config: RunConfig) -> dict:
+    """``params`` as a dict: parameters of the method that are no option of their own.
+
+    Raises ``ValueError`` for what the method does not take and for values of another type than that
+    of the default.
+    """
+    from tpt_nb.adapt import METHODS
+
+    takes = inspect.signature(METHODS[config.method]).parameters.values()
+    options = {field.name for field in dataclasses.fields(RunConfig)} | set(RENAMED)
+    known = {
+        p.name: p.default
+        for p in takes
+        if p.name not in options and isinstance(p.default, int | float | str)
+    }
+    out = {}
+    for part in filter(None, config.params.replace(" ", "").split(",")):
+        name, _, text = part.partition("=")
+        if name not in known:
+            raise ValueError(
+                unknown(f"parameter of {config.method}", name, known)
+                if known
+                else f"params={config.params!r}: {config.method} takes no further parameters."
+            )
+        try:
+            out[name] = type(known[name])(text)
+        except ValueError:
+            kind = type(known[name]).__name__
+            raise ValueError(f"params: {name} is {text!r}; it must be {kind}.") from None
+    return out
 
 
 # --- names ---------------------------------------------------------------------------------------
@@ -378,6 +477,8 @@ def identity(resolved: RunConfig) -> dict:
     for name in NOT_IDENTITY:
         del values[name]
     values["device"] = resolved.device.split(":")[0]
+    if not values["params"]:  # an option that came later: runs without it keep their names
+        del values["params"]
     files = {"coop": resolved.coop, "model": resolved.model}
     if resolved.model == "mini":
         files["model"] = str(DATA / "miniclip" / "miniclip.safetensors")
@@ -403,6 +504,7 @@ def _name(resolved: RunConfig) -> str:
     usual = {field.name: field.default for field in dataclasses.fields(resolved)}
     usual["learning_rate"] = default_learning_rate(resolved.model)
     usual["device"] = "cpu"
+    usual["selection_p_all"] = default_rho(resolved.method)
     if resolved.method in ONE_VIEW:
         usual["n_aug"] = 0
     model = resolved.model
@@ -452,6 +554,8 @@ def run(config: RunConfig | Mapping, progress: bool = True) -> Run:
     )
     if not len(dataset):
         raise ValueError(f"the data set {resolved.dataset} has no images: nothing to run over.")
+    if getattr(dataset, "note", ""):
+        _say_once(dataset.note)
     header = {
         "name": folder.name,
         "hash": _hash(identity(resolved)),
@@ -465,6 +569,7 @@ def run(config: RunConfig | Mapping, progress: bool = True) -> Run:
     if finished:
         print(f"{folder} is complete: {len(finished.records)} records loaded, nothing computed")
         _report_failed(finished.summary)
+        _hint_at_chance(finished.summary, len(dataset.classnames))
         if resolved.tensorboard and not list(folder.glob("events.out.tfevents.*")):
             write_tensorboard(finished, dataset.classnames)
         return finished
@@ -500,7 +605,7 @@ def run(config: RunConfig | Mapping, progress: bool = True) -> Run:
     path = folder / "records.jsonl"
     records = _resume(path, list(features.ids))
     if records:
-        print(f"{folder.name}: {len(records)} of {len(features.ids)} records are there, going on")
+        print(f"{folder.name}: resumed at {len(records)} of {len(features.ids)} images")
     method = adapt.METHODS[resolved.method]
     if hasattr(method, "bind"):  # what it takes beside features and prompts: captions, a database
         method = method.bind(resolved, clip, dataset)
@@ -541,6 +646,7 @@ def run(config: RunConfig | Mapping, progress: bool = True) -> Run:
         write_tensorboard(result, dataset.classnames)
     _write_json(folder / "summary.json", summary)
     _report_failed(summary)
+    _hint_at_chance(summary, len(dataset.classnames))
     return result
 
 
@@ -598,12 +704,8 @@ def make_loss(config: RunConfig, groups: tuple[int, int]):
 
 def method_params(config: RunConfig, method) -> dict:
     """The values of a (filled-in) configuration that the method takes, under its own names."""
-    values = dataclasses.asdict(config) | {
-        "rho": config.selection_p_all,
-        "lr": config.learning_rate,
-        "steps": config.tta_steps,
-        "alpha": config.alpha_exponential_weightening,
-    }
+    values = dataclasses.asdict(config)
+    values |= {name: values[option] for name, option in RENAMED.items()} | more_params(config)
     names = list(inspect.signature(method).parameters)[2:]  # after features and prompts
     bound = getattr(method, "keywords", {})  # of a functools.partial
     return {name: values[name] for name in names if name in values and name not in bound}
@@ -613,8 +715,10 @@ def _adapt_rest(path: Path, features, done: int, method, params: dict, prompts, 
     """Adapt to the images after the first ``done``; append and yield the records of each group."""
     start = 0
     takes_ids = "ids" in inspect.signature(method).parameters
+    # what an online method learns from one image it keeps for the next: all of them in one call
+    size = len(features) if getattr(method, "online", False) else GROUP
     with open(path, "ab") as file:
-        for ids, views, targets in features.batches(GROUP):
+        for ids, views, targets in features.batches(size):
             skip = max(0, done - start)
             start += len(ids)
             if skip >= len(ids):
@@ -766,6 +870,22 @@ def _report_failed(summary: Mapping) -> None:
         print(f"  {image.get('path') or image['id']}: {image['error']}")
     if failed["count"] > 5:
         print(f"  ... all of them are in {summary['name']}/summary.json")
+
+
+def _hint_at_chance(summary: Mapping, classes: int) -> None:
+    """A model that guesses is right once in C; one whose labels are mixed up looks the same."""
+    n = summary["n"]
+    if n < 200 or classes < 2:
+        return
+    from scipy.stats import binom
+
+    hits = round(summary["accuracy_before"] * n)
+    if binom.sf(hits - 1, n, 1 / classes) > 0.01:  # guessing gives as many often enough
+        print(
+            f"hint: zero-shot is right on {hits} of {n} images, as guessing among {classes} "
+            "classes would be. Check the label map: does each class folder stand for the class "
+            "name of its label, in this order? And are the model's weights trained ones?"
+        )
 
 
 def _first_line(error: BaseException) -> str:

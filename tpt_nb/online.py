@@ -50,8 +50,8 @@ def tda(
     features: Tensor,
     prompts: Prompts | TemplatePrompts,
     rho: float = 0.1,
-    alpha: float = 2.0,
-    beta: float = 5.0,
+    positive_alpha: float = 2.0,
+    positive_beta: float = 5.0,
     capacity: int = 3,
     negative_alpha: float = 0.117,
     negative_beta: float = 1.0,
@@ -64,13 +64,14 @@ def tda(
     marginal entropy, mean prediction. A positive cache keeps, for each predicted class, the
     ``capacity`` most certain features; a negative one keeps the mean predictions of images of
     medium entropy (0.2 to 0.5 times log2 C; in nats, as the code has it). Both are updated with
-    the image *before* they are read for it. ``z += alpha exp(-beta (1 - f.k)) onehot(class)`` and
-    ``z -= negative_alpha exp(-negative_beta (1 - f.k)) [0.03 < p_k < 1]``, summed over entries.
+    the image *before* they are read for it. ``z += alpha exp(-beta (1 - f.k)) onehot(class)`` with
+    the positive alpha and beta, ``z -= alpha exp(-beta (1 - f.k)) [0.03 < p_k < 1]`` with the
+    negative ones, summed over the entries.
 
     ``loss`` is the marginal entropy of the base.
     """
     return _stream(
-        features, prompts, rho, alpha, beta, capacity, 0,
+        features, prompts, rho, positive_alpha, positive_beta, capacity, 0,
         negative_alpha, negative_beta, negative_capacity, seed,
     )  # fmt: skip
 
@@ -80,8 +81,8 @@ def boostadapter(
     features: Tensor,
     prompts: Prompts | TemplatePrompts,
     rho: float = 0.1,
-    alpha: float = 2.0,
-    beta: float = 5.0,
+    positive_alpha: float = 2.0,
+    positive_beta: float = 5.0,
     capacity: int = 3,
     boost: int = 3,
     negative_alpha: float = 0.117,
@@ -98,13 +99,13 @@ def boostadapter(
     place); here it keeps the most certain ones, as TDA's.
     """
     return _stream(
-        features, prompts, rho, alpha, beta, capacity, boost,
+        features, prompts, rho, positive_alpha, positive_beta, capacity, boost,
         negative_alpha, negative_beta, negative_capacity, seed,
     )  # fmt: skip
 
 
 def _stream(
-    features, prompts, rho, alpha, beta, capacity, boost,
+    features, prompts, rho, positive_alpha, positive_beta, capacity, boost,
     negative_alpha, negative_beta, negative_capacity, seed,
 ) -> Adapted:  # fmt: skip
     if capacity < 1 or negative_capacity < 1:
@@ -136,11 +137,11 @@ def _stream(
             value = ((mean_prob[i] > 0.03) & (mean_prob[i] < 1.0)).to(x)
             negative.insert(predicted[i], query, loss[i], value)
         if boost:
-            after[i] += alpha * _boosted(
-                positive, boost, keys[i], view_class[i], view_entropy[i], query, beta
+            after[i] += positive_alpha * _boosted(
+                positive, boost, keys[i], view_class[i], view_entropy[i], query, positive_beta
             )
         else:
-            after[i] += alpha * positive.read(query, beta).sum(1)
+            after[i] += positive_alpha * positive.read(query, positive_beta).sum(1)
         weights = negative.read(query, negative_beta)
         after[i] -= negative_alpha * torch.einsum("ck,ckn->n", weights, negative.values)
     mask = _as_mask(chosen, features)
