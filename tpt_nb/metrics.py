@@ -274,3 +274,47 @@ def _z(level: float) -> float:
     from statistics import NormalDist
 
     return NormalDist().inv_cdf((1 + level) / 2)
+
+
+def reliability(confidence, correct, bins: int = 15) -> pd.DataFrame:
+    """What a calibration diagram shows: per bin of :func:`ece` n, mean confidence and accuracy.
+
+    ``confidence`` and ``correct``: [N], the largest predicted probability and whether it was right.
+    Empty bins are left out.
+    """
+    if bins < 1:
+        raise ValueError(f"bins must be at least 1, got {bins}")
+    confidence, correct = np.asarray(confidence, float), np.asarray(correct, float)
+    place = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+    table = pd.DataFrame({"n": 1, "confidence": confidence, "accuracy": correct})
+    sums = table.groupby(place).sum()
+    sums[["confidence", "accuracy"]] = sums[["confidence", "accuracy"]].div(sums["n"], axis=0)
+    sums.index.name = "bin"
+    return sums
+
+
+def mean_gain(
+    a, b, resamples: int = 10_000, seed: int = 0, level: float = 0.95
+) -> tuple[float, float, float]:
+    """Mean over data sets of mean(b) - mean(a), with its bootstrap interval: (gain, low, high).
+
+    ``a`` and ``b``: a sequence of arrays, one per data set, the values of two methods image by
+    image (right or wrong, or the mean of that over seeds). Images are drawn again within each data
+    set, so that all sets count the same whatever their size.
+    """
+    if (
+        len(a) != len(b)
+        or not len(a)
+        or any(len(x) != len(y) or not len(x) for x, y in zip(a, b, strict=True))
+    ):
+        raise ValueError("a and b need the same data sets, each with the same images in both")
+    rng, total, gain = np.random.default_rng(seed), np.zeros(resamples), 0.0
+    for x, y in zip(a, b, strict=True):
+        difference = np.asarray(y, float) - np.asarray(x, float)
+        gain += difference.mean()
+        # only the counts of the distinct values matter: a multinomial draw, fast for any n
+        values, counts = np.unique(difference, return_counts=True)
+        draws = rng.multinomial(len(difference), counts / counts.sum(), size=resamples)
+        total += draws @ values / len(difference)
+    low, high = np.quantile(total / len(a), [(1 - level) / 2, (1 + level) / 2])
+    return float(gain / len(a)), float(low), float(high)
