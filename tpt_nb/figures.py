@@ -489,13 +489,20 @@ def lines(
 ) -> Figure:
     """Lines over ``x``, told apart by colour, marker and line style, each named at its end.
 
+    Where ends lie too close for their names, a legend names the lines.
+
     Args:
         series: name -> one value per ``x``.
         x_label, y_label: of the axes, with the units.
     """
-    fig, axis = plt.subplots(figsize=(WIDTH, 2.6))
+    everything = np.asarray(list(series.values()), float)
+    top, bottom = everything.max(), min(0.0, everything.min())
+    crowded = bool((np.diff(np.sort(everything[:, -1])) < 0.07 * (top - bottom)).any())
+    fig, axis = plt.subplots(figsize=(WIDTH, 2.8 if crowded else 2.6))
     for (name, values), marker in zip(series.items(), MARKERS, strict=False):
         (line,) = axis.plot(x, values, marker=marker, label=name)
+        if crowded:
+            continue
         axis.annotate(
             name,
             (x[-1], values[-1]),
@@ -505,7 +512,9 @@ def lines(
             color=line.get_color(),
             annotation_clip=False,
         )
-    axis.set_ylim(bottom=min(0, min(min(values) for values in series.values())))
+    axis.set_ylim(bottom=bottom)
+    if crowded:
+        fig.legend(loc="outside lower center", ncols=min(4, len(series)))
     axis.set_xlabel(x_label)
     axis.set_ylabel(y_label)
     axis.grid(axis="y")
@@ -834,6 +843,147 @@ def distributions(
         axis.set_title(name, fontsize=9)
     axes[0, 0].set_ylabel("share (%)")
     fig.legend(handles=drawn, loc="outside lower center", ncols=min(len(drawn), 4))
+    if title:
+        fig.suptitle(title, x=0.01, ha="left", fontsize=10)
+    return fig
+
+
+def price(
+    points: dict[str, tuple[float, tuple[float, float, float]]],
+    groups: dict[str, Sequence[str]],
+    x_label: str,
+    y_label: str,
+    title: str = "",
+) -> Figure:
+    """What a method costs (log axis) and what it gains, with intervals; the best buys joined.
+
+    A point is on the line if none is both cheaper and better (the Pareto front).
+
+    Args:
+        points: name -> (cost, (value, low, high)).
+        groups: name for the legend -> names of the points in it.
+    """
+    fig, axis = plt.subplots(figsize=(WIDTH, 3.6))
+    cycle = plt.rcParams["axes.prop_cycle"].by_key()["color"]
+    order = sorted(points, key=lambda name: (points[name][0], -points[name][1][0]))
+    front, best = [], -np.inf
+    for name in order:
+        if points[name][1][0] > best:
+            front.append(name)
+            best = points[name][1][0]
+    axis.plot(
+        [points[n][0] for n in front],
+        [points[n][1][0] for n in front],
+        color=GREY,
+        linestyle="-",
+        linewidth=1,
+        drawstyle="steps-post",
+        zorder=0,
+    )
+    for i, (group, names) in enumerate(groups.items()):
+        style = {"color": cycle[i % len(cycle)], "marker": MARKERS[i % len(MARKERS)]}
+        for k, name in enumerate(n for n in names if n in points):
+            cost, (value, low, high) = points[name]
+            error = [[max(0, value - low)], [max(0, high - value)]]
+            label = group if k == 0 else None
+            axis.errorbar(cost, value, yerr=error, linestyle="", elinewidth=1, label=label, **style)
+    axis.set_xscale("log")
+    axis.margins(x=0.14)
+    axis.set_xlabel(x_label)
+    axis.set_ylabel(y_label)
+    axis.grid(axis="y")
+    fig.legend(loc="outside lower center", ncols=len(groups))
+    axis.set_title(title)
+    fig.draw_without_rendering()  # places are known now: names beside points, none over another
+    taken: list = []
+    for name in order:
+        cost, (value, _, _) = points[name]
+        text = axis.annotate(name, (cost, value), (6, 0), textcoords="offset points", fontsize=7.5)
+        for dx, dy in ((6, 3), (6, -9), (6, 12), (6, -18), (6, 21), (-6, 3), (-6, -9), (6, 30)):
+            text.set_position((dx, dy))
+            text.set_ha("left" if dx > 0 else "right")
+            box = text.get_window_extent(fig.canvas.get_renderer())
+            if not any(box.overlaps(other) for other in taken):
+                break
+        taken.append(box)
+    return fig
+
+
+def wins(
+    names: Sequence[str],
+    gains: Sequence[Sequence[tuple[float, float, float] | None]],
+    label: str,
+    title: str = "",
+) -> Figure:
+    """Row against column: the gain in each cell, bold and coloured where its interval excludes 0.
+
+    Args:
+        gains: per row and column (gain, low, high) of the row over the column; None: empty.
+        label: what the numbers are, with the unit.
+    """
+    n = len(names)
+    fig, axis = plt.subplots(figsize=(WIDTH, 0.9 + 0.33 * n))
+    values = np.array([[np.nan if g is None else g[0] for g in row] for row in gains], float)
+    clear = np.array([[g is not None and (g[1] > 0 or g[2] < 0) for g in row] for row in gains])
+    limit = np.nanmax(np.abs(values)) or 1
+    shown = np.where(clear, values, np.nan)
+    image = axis.imshow(shown, cmap="PuOr_r", vmin=-limit, vmax=limit, aspect="auto")
+    for (i, j), value in np.ndenumerate(values):
+        if np.isfinite(value):
+            red, green, blue, _ = image.cmap(image.norm(value)) if clear[i, j] else (1, 1, 1, 1)
+            ink = "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "white"
+            weight = "bold" if clear[i, j] else "normal"
+            axis.text(
+                j,
+                i,
+                f"{value:+.1f}",
+                ha="center",
+                va="center",
+                fontsize=7,
+                color=ink,
+                weight=weight,
+            )
+    axis.set_yticks(range(n), names)
+    axis.set_xticks(range(n), names, rotation=35, ha="left", rotation_mode="anchor")
+    axis.xaxis.tick_top()
+    axis.tick_params(length=0)
+    for side in axis.spines.values():
+        side.set_visible(False)
+    axis.set_xlabel(label)
+    if title:
+        fig.suptitle(title, x=0.01, ha="left", fontsize=10)
+    return fig
+
+
+def calibration(
+    panels: dict[str, tuple[Sequence[float], Sequence[float], Sequence[float]]],
+    columns: int = 4,
+    title: str = "",
+) -> Figure:
+    """Calibration diagrams: accuracy over confidence, with the share of images in each bin.
+
+    Args:
+        panels: title of the panel -> (n, mean confidence, accuracy) per bin.
+    """
+    rows = -(-len(panels) // columns)
+    fig, axes = plt.subplots(
+        rows, columns, figsize=(WIDTH, 1.9 * rows), squeeze=False, sharex=True, sharey=True
+    )
+    for axis, (name, (n, confidence, accuracy)) in zip(axes.flat, panels.items(), strict=False):
+        share = np.asarray(n, float) / np.sum(n)
+        axis.plot([0, 1], [0, 1], color=GREY, linestyle="--", linewidth=1)
+        axis.bar(confidence, share, width=0.055, color="#CCCCCC", label="share of the images")
+        axis.plot(
+            confidence, accuracy, color=COLOURS["blue"], marker="o", markersize=3, label="accuracy"
+        )
+        axis.set_title(name, fontsize=8.5)
+        axis.set_xlim(0, 1)
+        axis.set_ylim(0, 1)
+    for axis in axes.flat[len(panels) :]:
+        axis.set_visible(False)
+    fig.supxlabel("confidence", fontsize=9)
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    fig.legend(handles, labels, loc="outside lower center", ncols=2)
     if title:
         fig.suptitle(title, x=0.01, ha="left", fontsize=10)
     return fig

@@ -193,6 +193,46 @@ def test_published_fallback_masks_the_wrong_classes():
     assert out.logits.argmax(1).tolist() == [3]
 
 
+# --- our own -------------------------------------------------------------------------------------
+
+
+def test_contrast_vote_by_hand():
+    generator = torch.Generator().manual_seed(3)
+    logits = 3 * torch.randn(2, 7, 5, generator=generator, dtype=torch.float64)
+    out = methods.contrast_vote(*from_logits(logits), contrast=0.4, temperature=1.5, image=3.0)
+    for i in range(2):
+        score = [0.0] * 5
+        mean = [sum(float(logits[i, v, c]) for v in range(7)) / 7 for c in range(5)]
+        for v in range(7):
+            z = [(float(logits[i, v, c]) - 0.4 * mean[c]) / 1.5 for c in range(5)]
+            total = sum(map(math.exp, z))
+            score = [s + (math.exp(x) / total) ** 2 for s, x in zip(score, z, strict=True)]
+        z = [float(x) / 1.5 for x in logits[i, 0]]
+        total = sum(map(math.exp, z))
+        score = [s + 3.0 * (math.exp(x) / total) ** 2 for s, x in zip(score, z, strict=True)]
+        expected = torch.tensor(score, dtype=torch.float64) / sum(score)
+        torch.testing.assert_close(out.logits[i].exp(), expected)
+
+
+def test_contrast_takes_off_what_all_views_say():
+    """All views find class 0 likely; one in four is as sure of class 1. The vote says 0."""
+    logits = torch.tensor([[4.0, 0, 0], [4.0, 5.0, 0], [4.0, 0, 0], [4.0, 0, 0]])[None]
+    features, prompts = from_logits(logits)
+    assert methods.vote(features, prompts, rho=1.0).logits.argmax(1).tolist() == [0]
+    plain = {"temperature": 1.0, "image": 0.0}
+    assert methods.contrast_vote(features, prompts, contrast=0.0, **plain).logits.argmax() == 0
+    assert methods.contrast_vote(features, prompts, contrast=1.0, **plain).logits.argmax() == 1
+
+
+def test_the_image_has_votes():
+    """A sure image against three sure crops."""
+    features, prompts = from_logits(favour([2, 1, 1, 1], [9.0, 9.0, 9.0, 9.0]))
+    few, many = (methods.contrast_vote(features, prompts, contrast=0.0, image=v) for v in (0, 4))
+    assert few.logits.argmax() == 1 and many.logits.argmax() == 2
+    with pytest.raises(ValueError, match="temperature"):
+        methods.contrast_vote(features, prompts, temperature=0.0)
+
+
 # --- MTA -----------------------------------------------------------------------------------------
 
 
