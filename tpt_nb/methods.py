@@ -138,10 +138,10 @@ def contrast_vote(
        is made of its whole), the image is the safer witness. It has ``image`` votes beside those of
        the views, by the same rule, without the contrast.
 
-    ``score_c = sum_i softmax((z_i - contrast * mean_j z_j) / T)_c^2 + image * softmax(z_0 / T)_c^2``;
-    ``logits`` are the logarithms of the scores, normalised to sum to 1. One softmax over the views,
-    no sorting, no gradient. Its three numbers were chosen on ``iconshift-v2`` and ``iconshift-dev``
-    and on damaged copies of V2; see notebook 10.
+    ``score = sum_i softmax((z_i - contrast mean_j z_j) / T)^2 + image softmax(z_0 / T)^2``, class
+    by class; ``logits`` are the logarithms of the scores, normalised to sum to 1. One softmax over
+    the views, no sorting, no gradient. Its three numbers were chosen on ``iconshift-v2``,
+    ``iconshift-dev`` and damaged copies of V2; see notebook 10.
     """
     if not temperature > 0 or image < 0:
         raise ValueError(f"temperature must be > 0 and image >= 0; got {temperature} and {image}.")
