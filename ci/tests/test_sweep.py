@@ -17,6 +17,7 @@ from test_experiment import world  # noqa: F401 (a fixture)
 from tpt_nb import clip as clips
 from tpt_nb import metrics
 from tpt_nb.experiment import RunConfig, load_run, validate
+from tpt_nb.paths import DATA
 
 REPO = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPO / "ci"))
@@ -220,6 +221,10 @@ def test_the_grids_that_ship_are_right(name, number):
         views = {(r.values.get("augmenter"), r.values.get("n_aug"), r.values.get("n_patches"),
                   r.values.get("overlap"), r.values.get("augmix")) for r in adapted}  # fmt: skip
         assert len(views) == 13
+        with open(DATA / "reported" / "imagenet_a_rn50_losses.csv", newline="") as file:
+            reported = {row["label"]: float(row["accuracy"]) for row in csv.DictReader(file)}
+        crossed = [row for row in rows if "crossentropy" in row.values.get("loss", "")]
+        assert reported == {row.label: row.reported for row in crossed}
 
 
 def test_overrides_win(tmp_path):
