@@ -96,3 +96,12 @@ def test_bands_draws_curves_points_and_levels_with_one_style_per_name():
     assert sorted(text.get_text() for text in legend.get_texts()) == ["crops", "grid"]
     labelled = [axis for axis in (a, b, c) if axis.get_xlabel()]
     assert labelled == [b, c]
+
+
+def test_lines_are_named_at_their_ends_or_in_a_legend_where_the_ends_meet():
+    apart = figures.lines([1, 2], {"a": [0, 10], "b": [5, 3]}, "x", "y")
+    assert [text.get_text() for text in apart.axes[0].texts] == ["a", "b"] and not apart.legends
+    meeting = figures.lines([1, 2], {"a": [10, 0.1], "b": [5, 0.0]}, "x", "y")
+    (legend,) = meeting.legends
+    assert not meeting.axes[0].texts
+    assert [text.get_text() for text in legend.get_texts()] == ["a", "b"]
