@@ -1,0 +1,181 @@
+"""What was tried on the way to ``contrast_vote``, on development data only.
+
+    python ci/attempts.py            the attempts and the grid, as a table
+    python ci/attempts.py --write    stores it as data/attempts.json, where notebook 10 reads it
+
+Development data: ``iconshift-dev`` (small objects in clutter), ``iconshift-v2`` (new scenes), and
+V2 with damage that no variant of the benchmark has: noise, blur, outlines. Nothing here ever
+looks at A, R or Sketch. An attempt is a function of the logits of an image's views [B,V,C] and
+their features [B,V,D], to scores [B,C]; all see the same views.
+"""
+
+import argparse
+import itertools
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+REPO = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPO))
+
+from tpt_nb import clip as clips  # noqa: E402
+from tpt_nb import datasets, metrics  # noqa: E402
+from tpt_nb.corruptions import corrupted  # noqa: E402
+from tpt_nb.encode import encode  # noqa: E402
+from tpt_nb.losses import entropy  # noqa: E402
+from tpt_nb.paths import DATA  # noqa: E402
+from tpt_nb.prompts import Prompts  # noqa: E402
+from tpt_nb.views import RandomViews  # noqa: E402
+
+STORED = DATA / "attempts.json"
+# (data set, damage, severity, images)
+SUITE = [
+    ("iconshift-dev", "", 0, 600),
+    ("iconshift-v2", "", 0, 400),
+    ("iconshift-v2", "noise", 4, 200),
+    ("iconshift-v2", "blur", 5, 200),
+    ("iconshift-v2", "outline", 2, 200),
+]
+GRID = {
+    "contrast": (0.0, 0.15, 0.3, 0.5, 0.7),
+    "temperature": (1.0, 1.5, 2.0, 3.0),
+    "image": (0.0, 2.0, 4.0, 8.0, 16.0),
+}
+
+
+def confident(z: Tensor, k: int, key: Tensor | None = None) -> Tensor:
+    """The rows of the k views of lowest entropy (or key)."""
+    order = (entropy(z) if key is None else key).argsort(dim=-1, stable=True)[:, :k]
+    return z.gather(1, order[..., None].expand(-1, -1, z.shape[-1]))
+
+
+def contrast_vote(z: Tensor, contrast: float, temperature: float, image: float) -> Tensor:
+    """The method's scores; see ``tpt_nb.methods``."""
+    score = ((z - contrast * z.mean(1, keepdim=True)) / temperature).softmax(-1).square().sum(1)
+    return score + image * (z[:, 0] / temperature).softmax(-1).square()
+
+
+def margin(z: Tensor) -> Tensor:
+    best = z.softmax(-1).topk(2).values
+    return best[..., 1] - best[..., 0]
+
+
+def agreement(z: Tensor, f: Tensor, power: float, temperature: float = 0.5) -> Tensor:
+    """Certain views that others agree with: exp(-H/T) times (mean p_i . p_j)^power."""
+    p = z.softmax(-1)
+    alike = p @ p.transpose(1, 2)
+    support = (alike.sum(-1) - alike.diagonal(dim1=1, dim2=2)) / (z.shape[1] - 1)
+    return ((support**power * (-entropy(z) / temperature).exp())[..., None] * p).sum(1)
+
+
+def crowd(z: Tensor, f: Tensor) -> Tensor:
+    """R-TPT's weights without its tuning: the mean cosine to the 20 most similar views / 0.01."""
+    near = (f @ f.transpose(1, 2)).topk(21).values[..., 1:].mean(-1)
+    return ((near / 0.01).softmax(-1)[..., None] * z).sum(1)
+
+
+def vote(z: Tensor, k: int) -> Tensor:
+    kept = confident(z, k)
+    return F.one_hot(kept.argmax(-1), z.shape[-1]).sum(1) + 1e-3 * kept.softmax(-1).mean(1)
+
+
+ATTEMPTS = {
+    "zero-shot": lambda z, f: z[:, 0],
+    "confident views, 6": lambda z, f: confident(z, 6).softmax(-1).mean(1),
+    "confident views, 19": lambda z, f: confident(z, 19).softmax(-1).mean(1),
+    "all views": lambda z, f: z.softmax(-1).mean(1),
+    "vote, 6": lambda z, f: vote(z, 6),
+    "vote, 19": lambda z, f: vote(z, 19),
+    "mean of logits, 6": lambda z, f: confident(z, 6).mean(1),
+    "largest logit of any view": lambda z, f: z.amax(1),
+    "chosen by margin, 6": lambda z, f: confident(z, 6, margin(z)).softmax(-1).mean(1),
+    "weights exp(-H/0.2)": lambda z, f: (
+        (-entropy(z) / 0.2).softmax(1)[..., None] * z.softmax(-1)
+    ).sum(1),
+    "agreement of predictions, ^1": lambda z, f: agreement(z, f, 1.0),
+    "agreement of predictions, ^2": lambda z, f: agreement(z, f, 2.0),
+    "crowded features": crowd,
+    "times view 0": lambda z, f: (
+        confident(z, 6).softmax(-1).mean(1).clamp_min(1e-9).log() + z[:, 0].log_softmax(-1)
+    ),
+    "squares of probabilities": lambda z, f: z.softmax(-1).square().sum(1),
+    "cubes of softened probabilities": lambda z, f: (z / 2).softmax(-1).pow(3).sum(1),
+    "squares, softened": lambda z, f: contrast_vote(z, 0.0, 2.0, 0.0),
+    "  + image": lambda z, f: contrast_vote(z, 0.0, 2.0, 8.0),
+    "  + contrast": lambda z, f: contrast_vote(z, 0.3, 2.0, 0.0),
+    "  + both": lambda z, f: contrast_vote(z, 0.3, 2.0, 8.0),
+    "best view by the label (no method)": None,
+}
+
+
+def load(model: str, say) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """Name -> logits, features, targets of each data set of the suite."""
+    clip = clips.load(model)
+    views = RandomViews(n_aug=63, size=clip.image_size)
+    out = {}
+    for name, kind, severity, n in SUITE:
+        data = datasets.load(name, n=n)
+        data = corrupted(data, kind, severity) if kind else data
+        began = time.perf_counter()
+        f = encode(data, clip, views, seed=0, progress=False)
+        say(f"{data.name}: {len(f)} images, {time.perf_counter() - began:.1f} s")
+        x = f.features.to(clip.device)
+        with torch.no_grad():
+            text = Prompts(clip, data.classnames).text_features()
+            z = clip.logit_scale * x @ text.T
+        out[data.name.removeprefix("iconshift-")] = (z.cpu(), f.features, f.targets)
+    return out
+
+
+def hits(attempt, z: Tensor, f: Tensor, y: Tensor) -> Tensor:
+    """Right or wrong, [N]."""
+    if attempt is None:
+        return (z.argmax(-1) == y[:, None]).any(1)
+    parts = zip(z.split(100), f.split(100), strict=True)
+    return torch.cat([attempt(a, b).argmax(-1) for a, b in parts]) == y
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command line; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default="mini")
+    parser.add_argument("--write", action="store_true", help=f"store data/{STORED.name}")
+    args = parser.parse_args(argv)
+    sets = load(args.model, lambda text: print(text, file=sys.stderr, flush=True))
+    base = {s: hits(ATTEMPTS["vote, 6"], *v).float().numpy() for s, v in sets.items()}
+
+    def line(attempt) -> dict:
+        right = {s: hits(attempt, *v).float().numpy() for s, v in sets.items()}
+        gain = metrics.mean_gain(list(base.values()), list(right.values()), resamples=4000)
+        accuracy = {s: float(x.mean()) for s, x in right.items()}
+        return {"accuracy": accuracy, "mean": sum(accuracy.values()) / len(accuracy),
+                "gain_over_vote": gain}  # fmt: skip
+
+    rows = [{"attempt": name} | line(attempt) for name, attempt in ATTEMPTS.items()]
+    grid = []
+    for values in itertools.product(*GRID.values()):
+        params = dict(zip(GRID, values, strict=True))
+        grid.append(params | line(lambda z, f, p=params: contrast_vote(z, **p)))
+    best = max(grid, key=lambda row: row["mean"])
+    print(f"{'':36s}" + " ".join(f"{s:>12s}" for s in sets) + "    mean")
+    for row in [*rows, {"attempt": str({k: best[k] for k in GRID})} | best]:
+        cells = " ".join(f"{100 * a:12.1f}" for a in row["accuracy"].values())
+        print(f"{row['attempt'][:36]:36s}{cells}  {100 * row['mean']:6.2f}")
+    for row in sorted(grid, key=lambda row: -row["mean"])[:12]:
+        print({k: row[k] for k in GRID}, f"{100 * row['mean']:.2f}",
+              [f"{100 * a:.1f}" for a in row["accuracy"].values()])  # fmt: skip
+    if args.write:
+        about = {"model": args.model, "fingerprint": clips.load(args.model).fingerprint,
+                 "n": {s: len(v[2]) for s, v in sets.items()}}  # fmt: skip
+        found = {"about": about, "rows": rows, "grid": grid, "best": {k: best[k] for k in GRID}}
+        STORED.write_text(json.dumps(found, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
