@@ -1,5 +1,6 @@
 """``python -m tpt_nb evaluate ...`` does a run, ``python -m tpt_nb compare RUN RUN`` compares two,
-``python -m tpt_nb build-database ...`` embeds images for retrieval.
+``python -m tpt_nb build-database ...`` embeds images for retrieval,
+``python -m tpt_nb download NAME`` brings a data set.
 
 Mistakes in what was asked for (a name, a value, a file) are one line on stderr and exit code 2; set
 ``TPT_NB_TRACEBACK=1`` to see where they come from.
@@ -60,6 +61,11 @@ def parser() -> argparse.ArgumentParser:
     build.add_argument("--out", required=True, metavar="DIR", help="folder of the database")
     build.add_argument("--model", default="mini", help="as in evaluate (default: mini)")
     build.add_argument("--device", default="", help="cpu, cuda ... (default: cuda if there is one)")
+    download = commands.add_parser(
+        "download", help="bring a data set (data/README.md lists them)", allow_abbrev=False
+    )
+    download.add_argument("name", metavar="NAME", help="imagenet-a, dtd ..., coop-weights")
+    download.add_argument("--root", default="", help="where to (default: $TPT_NB_DATASETS)")
     return main_parser
 
 
@@ -136,6 +142,12 @@ def _compare(args: argparse.Namespace) -> None:
         print(json.dumps({"a": runs[0].name, "b": runs[1].name, **c}))
 
 
+def _download(args: argparse.Namespace) -> None:
+    from tpt_nb import sources
+
+    print(f"{args.name} is in {sources.get(args.name, args.root or None)}")
+
+
 def _build_database(args: argparse.Namespace) -> None:
     from tpt_nb import clip, database
 
@@ -176,11 +188,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             "evaluate": [*options, "--json"],
             "compare": ["--json", "--out", "--seed"],
             "build-database": ["--images", "--out", "--model", "--device"],
+            "download": ["--root"],
         }[args.command]
         print(f"python -m tpt_nb: {unknown('option', word, known)}", file=sys.stderr)
         return 2
     try:
         does = {"evaluate": _evaluate, "compare": _compare, "build-database": _build_database}
+        does["download"] = _download
         does[args.command](args)
     except (ValueError, OSError) as error:
         if os.environ.get("TPT_NB_TRACEBACK"):

@@ -8,6 +8,7 @@ Radford et al., "Learning Transferable Visual Models From Natural Language Super
 
 import hashlib
 import json
+import os
 import warnings
 import zipfile
 from collections.abc import Callable
@@ -49,6 +50,7 @@ OPENAI_MODELS = (
     "ViT-L/14@336px",
 )
 SOT, EOT = 49406, 49407
+ARCHIVES_DIR = Path.home() / ".cache" / "clip"  # where OpenAI's package and open_clip look too
 
 
 @dataclass
@@ -58,7 +60,7 @@ class Clip:
     ``model`` is an open_clip model in eval mode without gradients, ``tokenizer`` maps a list of
     sentences to token ids ``[N,77]`` (long), ``mean`` and ``std`` are per-channel statistics of
     images in [0,1], and ``fingerprint`` is a hash of the weights (part of the key of the feature
-    cache).
+    cache). ``max_views`` is set when a pass ran out of memory: no later one is larger.
     """
 
     name: str
@@ -69,6 +71,7 @@ class Clip:
     std: tuple[float, float, float]
     device: torch.device
     fingerprint: str
+    max_views: int | None = None
 
     @property
     def embed_dim(self) -> int:
@@ -95,27 +98,71 @@ class Clip:
 
         Args:
             views: ``[V,3,H,W]``, uint8 in 0..255 or float in [0,1]; normalised here.
-            batch: views per pass of the image encoder.
+            batch: views per pass of the image encoder, at most; on a GPU fewer where memory is
+                short, and half as many after a pass that ran out of it.
         Returns:
             ``[V,D]`` float32, unit norm, on the model's device.
         Raises:
             ValueError: wrong shape, size or range.
+            RuntimeError: not even one view fits into memory.
         """
         self._check_views(views)
-        dtype = next(self.model.parameters()).dtype
-        mean = torch.tensor(self.mean, device=self.device, dtype=dtype).view(1, 3, 1, 1)
-        std = torch.tensor(self.std, device=self.device, dtype=dtype).view(1, 3, 1, 1)
-        features = []
-        for chunk in views.split(batch):
-            x = chunk.to(self.device)
-            x = x.to(dtype) / 255 if chunk.dtype == torch.uint8 else x.to(dtype)
-            x = ((x - mean) / std).contiguous(memory_format=torch.channels_last)
-            with torch.autocast("cuda", torch.float16, enabled=self.device.type == "cuda"):
-                x = self.model.encode_image(x)
-            features.append(F.normalize(x.float(), dim=-1))
+        features, done = [], 0
+        step = min(batch, self.max_views or batch, self._room())
+        while done < len(views):
+            try:
+                features.append(self._encode_pass(views[done : done + step]))
+                done += step
+                continue
+            except torch.OutOfMemoryError as error:
+                if step == 1:
+                    raise RuntimeError(
+                        f"the memory of {self.device} cannot hold one view of {self.image_size} px "
+                        f"beside {self.name}; is another program using it?"
+                    ) from error
+            # behind the except clause, whose traceback would keep the tensors of the pass alive
+            step = self.max_views = step // 2
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
         if not features:
             return torch.empty(0, self.embed_dim, device=self.device)
         return torch.cat(features)
+
+    def _encode_pass(self, views: Tensor) -> Tensor:
+        """One pass of the image encoder: ``[V,3,S,S]`` -> ``[V,D]`` float32, unit norm."""
+        dtype = next(self.model.parameters()).dtype
+        mean = torch.tensor(self.mean, device=self.device, dtype=dtype).view(1, 3, 1, 1)
+        std = torch.tensor(self.std, device=self.device, dtype=dtype).view(1, 3, 1, 1)
+        x = views.to(self.device, non_blocking=True)
+        x = x.to(dtype) / 255 if views.dtype == torch.uint8 else x.to(dtype)
+        x = ((x - mean) / std).contiguous(memory_format=torch.channels_last)
+        for amp in self._precisions():
+            kind = self.device.type
+            with torch.autocast(kind, amp or torch.bfloat16, enabled=amp is not None):
+                features = self.model.encode_image(x).float()
+            if amp != torch.float16 or features.isfinite().all():
+                break
+        return F.normalize(features, dim=-1)
+
+    def _precisions(self) -> list[torch.dtype | None]:
+        """What to compute in, in this order until all features are finite; None: as the weights.
+
+        On a GPU float16: OpenAI trained and stored its models in it, it is fast on a T4, which has
+        no bfloat16, and its 11 bits round less than bfloat16's 8. Models that were trained in
+        bfloat16 can leave its range; what overflows is computed again.
+        """
+        if self.device.type != "cuda":
+            return [None]
+        wide = torch.cuda.is_bf16_supported(including_emulation=False)
+        return [torch.float16, torch.bfloat16 if wide else None]
+
+    def _room(self) -> int:
+        """Views that surely fit into the free memory of the GPU at once."""
+        if self.device.type != "cuda":
+            return 1 << 30
+        free, _ = torch.cuda.mem_get_info(self.device)
+        # activations of a view: some 40 times its pixels in float32 in the widest models
+        return max(1, free // (40 * 3 * 4 * self.image_size**2))
 
     @torch.no_grad()
     def encode_text(self, texts: list[str], batch: int = 256) -> Tensor:
@@ -310,9 +357,9 @@ def load(name: str = "mini", device: str | torch.device | None = None) -> Clip:
     """
     if name == "mini":
         return load_mini(device=device)
-    openai = {known: known.replace("/", "-").replace("@336px", "-336") for known in OPENAI_MODELS}
+    openai = {known: _hyphened(known) for known in OPENAI_MODELS}
     if name in openai or name in openai.values():
-        return _load_open_clip(name, openai.get(name, name), "openai", device)
+        return _load_openai(name, openai.get(name, name), device)
     if Path(name).is_file():
         return _load_file(Path(name), device)
     architecture, _, tag = name.partition("@")
@@ -323,6 +370,64 @@ def load(name: str = "mini", device: str | torch.device | None = None) -> Clip:
         "'model@tag' with a pair of open_clip.list_pretrained(), or the path of a checkpoint file"
         + (f" (there is no file {name})." if Path(name).suffix else ".")
     )
+
+
+def _load_openai(name: str, architecture: str, device) -> Clip:
+    """OpenAI's weights: the archive if it is here, else through open_clip, else the archive."""
+    here = weights_file(architecture)
+    if here:
+        return _load_file(here, device, name)
+    try:
+        return _load_open_clip(name, architecture, "openai", device)
+    except RuntimeError:
+        if os.environ.get("TPT_NB_DOWNLOAD") == "0":
+            raise
+    try:
+        return _load_file(_openai_archive(architecture), device, name)
+    except OSError as error:
+        raise RuntimeError(f"{error}\nWithout a network use 'mini'.") from error
+
+
+def weights_file(model: str) -> Path | None:
+    """OpenAI's archive of this model, if it is where the clip package and open_clip put it."""
+    source = _archive_source(model)
+    path = ARCHIVES_DIR / source.filename
+    return path if path.is_file() else None
+
+
+def fetch_weights(model: str) -> Path | None:
+    """Have OpenAI's weights on this machine; the archive, or None if open_clip's cache has them.
+
+    Raises ``OSError`` if neither OpenAI's server nor the hub of open_clip gives them.
+    """
+    try:
+        return weights_file(model) or _openai_archive(model)
+    except OSError as error:
+        try:
+            config = open_clip.get_pretrained_cfg(_hyphened(model), "openai")
+            open_clip.download_pretrained(config)
+        except Exception as second:
+            lines = str(second).strip().splitlines()
+            raise OSError(f"{error}\nThe hub: {lines[0] if lines else second!r}") from second
+        return None
+
+
+def _openai_archive(model: str) -> Path:
+    from tpt_nb.download import fetch
+
+    return fetch(_archive_source(model), ARCHIVES_DIR, tries=3)
+
+
+def _archive_source(model: str):
+    """Address, name and checksum, which is part of the address."""
+    from tpt_nb.download import Source
+
+    url = open_clip.get_pretrained_cfg(_hyphened(model), "openai")["url"]
+    return Source(url.rsplit("/")[-1], (url,), sha256=url.split("/")[-2])
+
+
+def _hyphened(model: str) -> str:
+    return model.replace("/", "-").replace("@336px", "-336")
 
 
 def _load_open_clip(name: str, architecture: str, tag: str, device) -> Clip:
@@ -345,7 +450,7 @@ def _load_open_clip(name: str, architecture: str, tag: str, device) -> Clip:
     return wrap(model, name, device=device, tokenizer=open_clip.get_tokenizer(architecture))
 
 
-def _load_file(path: Path, device) -> Clip:
+def _load_file(path: Path, device, name: str = "") -> Clip:
     """A local checkpoint of the OpenAI family, or a MiniCLIP file."""
     if path.suffix == ".safetensors":
         from safetensors import safe_open
@@ -372,7 +477,7 @@ def _load_file(path: Path, device) -> Clip:
             f"{path} is not a checkpoint of the OpenAI family ({type(error).__name__}: {error}); "
             f"for another architecture name it, as in 'ViT-B-32@{path}'."
         ) from error
-    return wrap(model, path.name, device=device)
+    return wrap(model, name or path.name, device=device)
 
 
 def _is_torchscript(path: Path) -> bool:

@@ -373,9 +373,13 @@ def bring(dataset: str, model: str, root: str = "") -> None:
         except OSError as error:
             missing.append(f"the weights of CLIP {model}: {error}")
     try:
-        if allowed and not root and dataset in sources.SOURCES:
+        try:
+            datasets.load(dataset, root=root or None)
+        except FileNotFoundError:
+            if root or not allowed or dataset not in sources.SOURCES:
+                raise
             sources.get(dataset)
-        datasets.load(dataset, root=root or None)
+            datasets.load(dataset)
     except (ValueError, OSError) as error:
         missing.append(f"the images of {dataset}: {error}")
     if missing:

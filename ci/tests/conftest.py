@@ -1,6 +1,7 @@
 """Fixtures that several test files share."""
 
 import copy
+import os
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from tpt_nb import clip as clip_module
 
 torch.set_num_threads(1)
+os.environ["TPT_NB_DOWNLOAD"] = "0"  # no test reaches for the net
 
 
 @pytest.fixture(scope="session")
