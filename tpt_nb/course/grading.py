@@ -93,33 +93,40 @@ def execute(notebook: NotebookNode, seed: int, options: Options) -> tuple[list[d
     return runs, outcome.ended
 
 
-def reference_values(master: Master, seed: int, options: Options) -> dict[str, list[dict]]:
-    """What the reference solutions hand over in each test cell.
+@dataclass(frozen=True)
+class Reference:
+    """What the reference solutions handed over: test cell -> values; and how they were run."""
+
+    values: dict[str, list[dict]]
+    level: str = "statements"  # see grafts.graft
+
+
+def run_reference(master: Master, seed: int, options: Options) -> Reference:
+    """Run the reference solutions: first what seems to be needed, more of the master if it is not
+    enough.
 
     Raises:
         Mistake: a solution fails or hands over nothing; says which.
     """
     solutions = {q: question.solution for q, question in master.questions.items()}
-    runs, ended = execute(graft(master, solutions), seed, options)
+    for level in ("statements", "cells", "all"):
+        runs, ended = execute(graft(master, solutions, level), seed, options)
+        failed = [f"cell {r['cell']}: {r['detail']}" for r in runs if r["outcome"] != "passed"]
+        if not failed and not ended:
+            break
+    else:
+        why = ended or "; ".join(failed[:3])
+        raise Mistake(f"{master.name}: the reference solutions do not run: {why}")
     values = {run["cell"]: run["values"] for run in runs}
-    for run in runs:
-        if run["outcome"] != "passed":
-            raise Mistake(
-                f"{master.name}: the reference solutions do not run: cell {run['cell']}: "
-                f"{run['outcome']}, {run['detail']}"
-            )
-    if ended:
-        raise Mistake(f"{master.name}: the reference solutions do not run: {ended}")
     for question in master.questions.values():
         for cell in test_cells(question):
+            where = f"{master.name}, {question.id}, cell {cell}"
             if not values.get(cell):
-                raise Mistake(f"{master.name}: test {cell} of {question.id} reports no value")
+                raise Mistake(f"{where}: the test reports no value")
             for value in values[cell]:
                 if differs(value, value):
-                    raise Mistake(
-                        f"{master.name}: {value['what']!r} of {question.id} is not finite"
-                    )
-    return values
+                    raise Mistake(f"{where}: {value['what']!r} is not finite with the reference")
+    return Reference(values, level)
 
 
 # --- scoring --------------------------------------------------------------------------------------
@@ -160,7 +167,7 @@ def differs(got: object, expected: dict) -> str:
     return f"the largest difference is {worst:.3g}, allowed is {atol:.3g}"
 
 
-def score(question: Question, runs: list[dict], reference: dict[str, list[dict]]) -> Row:
+def score(question: Question, runs: list[dict], reference: Reference) -> Row:
     """Points for a question from what its cells reported, in a run that nothing ended early."""
     by_cell = {run["cell"]: run for run in runs}
     passed, total, reasons = 0, 0, []
@@ -170,7 +177,7 @@ def score(question: Question, runs: list[dict], reference: dict[str, list[dict]]
         if cell in by_cell and by_cell[cell]["outcome"] != "passed"
     ]
     for cell in test_cells(question):
-        expected = reference[cell]
+        expected = reference.values[cell]
         got = by_cell.get(cell, {}).get("values")
         got = got if isinstance(got, list) else []
         total += len(expected)
@@ -200,7 +207,7 @@ def clean(text: str) -> str:
 
 
 def grade_one(
-    submission: Submission, master: Master, reference: dict, seed: int, options: Options
+    submission: Submission, master: Master, reference: Reference, seed: int, options: Options
 ) -> list[Row]:
     """Grade one submission of one notebook. What it does, it does to itself alone."""
     rows: dict[str, Row] = {}
@@ -226,7 +233,8 @@ def grade_one(
                 settle(q, "time-out", f"no time left of {options.limits.seconds:g} s")
             break
         limits = replace(options.limits, seconds=round(left, 1))
-        runs, ended = execute(graft(master, active), seed, replace(options, limits=limits))
+        notebook = graft(master, active, reference.level)
+        runs, ended = execute(notebook, seed, replace(options, limits=limits))
         last = runs[-1] if runs else {"outcome": "died", "detail": "nothing ran"}
         if not ended and last["outcome"] not in FATAL:
             for q in active:
@@ -296,8 +304,8 @@ def grade(
     say(f"{len(submissions)} submissions, {len(submissions) - len(todo)} graded before")
     with concurrent.futures.ThreadPoolExecutor(max(1, jobs)) as pool:
         names = sorted({master.name for _, master, _ in todo})
-        values = pool.map(lambda name: reference_values(masters[name], seed, options), names)
-        reference = dict(zip(names, values, strict=True))
+        ran = pool.map(lambda name: run_reference(masters[name], seed, options), names)
+        reference = dict(zip(names, ran, strict=True))
         futures = {
             pool.submit(grade_one, one, master, reference[master.name], seed, options): (one, key)
             for one, master, key in todo

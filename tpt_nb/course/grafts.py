@@ -156,41 +156,65 @@ def without_checks(source: str, checks: str) -> str:
     return "\n".join(lines)
 
 
-# --- the notebook ---
+# --- the notebook --------------------------------------------------------------------------------
 
 
-def graft(master: Master, answers: dict[str, str]) -> NotebookNode:
-    """The master's cells that the tests need, with these answers; no solution is in it.
+def graft(master: Master, answers: dict[str, str], level: str = "statements") -> NotebookNode:
+    """The part of a master that the tests need, with these answers; no solution is in it.
 
     Args:
         answers: question -> source. Other questions get their stub and no tests.
+        level: what is kept of the master's other cells: the ``statements`` that are needed, the
+            ``cells`` that are needed, or ``all``.
     """
-    sources, ids, wanted = [], [], set()
+    ids, sources, wanted = [], [], set()
     hidden = {test for q in answers for test in master.questions[q].tests}
 
     def add(ident: str, source: str, want: bool) -> None:
-        if want:
+        if want or level == "all":
             wanted.add(len(sources))
-        sources.append(source)
         ids.append(ident)
+        sources.append(source)
 
     for cell in master.notebook.cells:
         tpt = cell.metadata.get("tpt", {})
         if cell.cell_type != "code" or (tpt.get("hidden") and cell.id not in hidden):
             continue
-        if "q" not in tpt or tpt.get("hidden"):
-            add(cell.id, cell.source, "hidden" in tpt)
-            continue
-        question = master.questions[tpt["q"]]
-        given = answers.get(question.id)
-        add(cell.id, without_checks(given or question.stub, question.checks), given is not None)
-        if given is not None and not question.tests:
-            add(f"{cell.id}-checks"[-64:], as_reports(question.checks), True)
-    chosen = needed(sources, wanted)
+        if tpt.get("hidden"):
+            add(cell.id, cell.source, True)
+        elif "q" in tpt:
+            question = master.questions[tpt["q"]]
+            given = answers.get(question.id)
+            source = without_checks(given or question.stub, question.checks)
+            add(cell.id, source, given is not None)
+            if given is not None and not question.tests:
+                add(test_cells(question)[0], as_reports(question.checks), True)
+        else:
+            for source in statements(cell.source) if level == "statements" else [cell.source]:
+                add(cell.id, source, False)
+    cells: dict[str, list[str]] = {}
+    for i in needed(sources, wanted):
+        cells.setdefault(ids[i], []).append(sources[i])
     notebook = nbformat.v4.new_notebook()
-    notebook.cells = [nbformat.v4.new_code_cell(sources[i], id=ids[i]) for i in chosen]
+    notebook.cells = [
+        nbformat.v4.new_code_cell("\n".join(parts), id=ident) for ident, parts in cells.items()
+    ]
     notebook.metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3"}}
     return notebook
+
+
+def statements(source: str) -> list[str]:
+    """The statements of a cell; the cell itself if it has magics or cannot be parsed."""
+    try:
+        tree = ast.parse(source)
+    except SyntaxError:
+        return [source]
+    lines = source.split("\n")
+    pieces = []
+    for node in tree.body:
+        first = min(d.lineno for d in [node, *getattr(node, "decorator_list", [])])
+        pieces.append("\n".join(lines[first - 1 : node.end_lineno]))
+    return pieces
 
 
 def test_cells(question: Question) -> tuple[str, ...]:

@@ -47,7 +47,8 @@ def read_submission(student: str, path: Path, masters: dict[str, Master]) -> Sub
             source = source if isinstance(source, str) else "".join(source)
             tpt = cell.get("metadata", {}).get("tpt", {})
             if cell.get("cell_type") == "code":
-                cells.append({"id": str(cell.get("id", "")), "q": tpt.get("q"), "source": source})
+                q = tpt.get("q") if isinstance(tpt.get("q"), str) else None
+                cells.append({"id": str(cell.get("id", "")), "q": q, "source": source})
         meta = notebook.get("metadata", {}).get("tpt", {}).get("notebook")
     except (ValueError, RecursionError):
         return unreadable("not a notebook: it is not JSON")
@@ -91,7 +92,8 @@ def find_submissions(folder: Path, masters: dict[str, Master]) -> list[Submissio
         elif entry.suffix == ".ipynb":
             student, paths = entry.stem, [entry]
             for name in masters:
-                student = student.replace(name, "").strip("_- ") or entry.stem
+                if name in student:
+                    student = student.replace(name, "").strip("_- ") or entry.stem
         else:
             continue
         # what spreadsheets would take for a formula, or a page for markup
