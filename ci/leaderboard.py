@@ -94,11 +94,11 @@ def make_prompts(kind: str, clip, classnames: list[str], coop: str):
     return TemplatePrompts(clip, classnames, kind)
 
 
-def call(row: Row, lr: float, seed: int):
+def call(row: Row, lr: float, seed: int, n_images: int | None = None):
     """``features, prompts -> Adapted`` with the row's parameters."""
     method = adapt.METHODS[row.method]
     takes = inspect.signature(method).parameters
-    params = {"lr": lr, "seed": seed}
+    params = {"lr": lr, "seed": seed, "n_images": n_images}
     params = {k: v for k, v in params.items() if k in takes} | row.params
     return lambda features, prompts: method(features, prompts, **params)
 
@@ -112,7 +112,7 @@ def measure(row: Row, features, prompts, lr: float, device, orders: int, seed: i
         whole = features.features.to(device)
         parts = [[call(row, lr, s)(whole, prompts).logits.cpu()] for s in seeds]
     else:
-        run = call(row, lr, seed)
+        run = call(row, lr, seed, len(features))
         parts = [[run(v.to(device), prompts).logits.cpu() for _, v, _ in features.batches(GROUP)]]
     seconds = (time.perf_counter() - began) / len(parts)
     probs = torch.stack([torch.cat(p).double().softmax(-1) for p in parts])  # [orders,N,C]

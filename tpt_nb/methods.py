@@ -273,12 +273,14 @@ def tpt_confident(
     lr: float = 5e-3,
     steps: int = 1,
     optimizer: str = "adamw",
+    n_images: int | None = None,
 ) -> Adapted:
     """TPT, but the prediction is the mean of the confident views under the tuned prompt.
 
     What several course projects call TPT. ``logits`` are log mean probabilities.
     """
-    tuned = tpt(features, prompts, loss, rho, lr, steps, optimizer)
+    options = {"steps": steps, "optimizer": optimizer} | _number(n_images)
+    tuned = tpt(features, prompts, loss, rho, lr, **options)
     views = tuned.selected.float()
     weights = views / views.sum(1, keepdim=True)
     tuned.logits = _tuned_mixture(features, prompts, tuned.ctx, weights, probabilities=True)
@@ -292,6 +294,7 @@ def rtpt(
     lr: float = 5e-3,
     neighbours: int = 20,
     temperature: float = 0.01,
+    n_images: int | None = None,
 ) -> Adapted:
     """R-TPT: Sheng et al., "R-TPT: Improving Adversarial Robustness of Vision-Language Models
     through Test-Time Prompt Tuning", 2025.
@@ -302,7 +305,7 @@ def rtpt(
     other views, divided by ``temperature``. (The published code leaves out cosines >= 1 to leave
     out the view itself; whether it does then hangs on rounding. Here it goes by its place.)
     """
-    tuned = tpt(features, prompts, "mean_entropy", rho, lr)
+    tuned = tpt(features, prompts, "mean_entropy", rho, lr, **_number(n_images))
     cosines = features @ features.transpose(1, 2)
     v = features.shape[1]
     if v > 1:
@@ -358,6 +361,11 @@ def ctpt(
         value = each.detach() - dispersion * spread.detach()
         outs.append((after, logits[:, 0].detach(), value, _as_mask(chosen, part), ctx))
     return Adapted(*_back(features, *(torch.cat(t) for t in zip(*outs, strict=True))))
+
+
+def _number(n_images: int | None) -> dict:
+    """How many images there are in all, for :func:`tpt` (see there), if it is known."""
+    return {} if n_images is None else {"n_images": n_images}
 
 
 @torch.no_grad()

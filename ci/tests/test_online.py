@@ -14,7 +14,9 @@ ONLINE = list(online.ONLINE)
 
 def random_stream(images=12, views=20, classes=4, width=6, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    text = F.normalize(torch.randn(classes, width, generator=generator, dtype=torch.float64), -1)
+    text = F.normalize(
+        torch.randn(classes, width, generator=generator, dtype=torch.float64), dim=-1
+    )
     noise = torch.randn(images, views, width, generator=generator, dtype=torch.float64)
     centre = text[torch.randint(classes, (images,), generator=generator)]
     return F.normalize(centre[:, None] + 0.7 * noise, dim=-1), FakePrompts(text, 5.0)
