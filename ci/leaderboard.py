@@ -44,7 +44,7 @@ from tpt_nb.prompts import Prompts, TemplatePrompts  # noqa: E402
 from tpt_nb.views import RandomViews  # noqa: E402
 
 VARIANTS = ("iconshift", "iconshift-v2", "iconshift-a", "iconshift-r", "iconshift-sketch")
-SHIFTED = ("iconshift-a", "iconshift-r", "iconshift-sketch")  # the mean that decides
+SHIFTED = [f"{d}-{v}" for d in ("iconshift", "imagenet") for v in ("a", "r", "sketch")]
 STORED = DATA / "leaderboard.json"
 GROUP = 32
 BINS = 15
@@ -223,7 +223,7 @@ def summarise(raw: dict, reference: str = "tpt") -> dict:
         label: {v: np.mean([raw[v][s][label]["correct"] for s in seeds], axis=0) for v in variants}
         for label in labels
     }
-    decisive = [v for v in variants if v in SHIFTED] or variants
+    decisive = [v for v in variants if v in SHIFTED] or variants  # their mean decides
     rows = []
     for label in labels:
         one = raw[variants[0]][seeds[0]][label]
