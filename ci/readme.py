@@ -127,9 +127,9 @@ def leaderboard(table: dict) -> str:
     best = max((r for r in episodic.values() if r["published"]), key=lambda r: r["mean_shifted"])
     gain = table["wins"]["contrast_vote"][best["row"]]
     price = episodic["contrast_vote"]["seconds"] / episodic["vote"]["seconds"]
-    n = {row["n"] for row in rows[0]["variants"].values()}
+    n = " or ".join(f"{x:,}" for x in sorted({r["n"] for r in rows[0]["variants"].values()}))
     return "\n".join(lines) + (
-        f"\n\n{' or '.join(f'{x:,}' for x in sorted(n))} images per variant, {table['seeds']} seed(s) "
+        f"\n\n{n} images per variant, {table['seeds']} seed(s) "
         "of the views; intervals of 95 %, paired, over the images of A, R and Sketch; ms per image "
         f"from encoded features. `contrast_vote`, developed here, against the best published "
         f"episodic method on A, R and Sketch (`{best['row']}`): {interval(gain)} points, at "
