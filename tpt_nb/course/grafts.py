@@ -1,7 +1,6 @@
 """Which cells of a master answers and tests need, and the notebook made of them."""
 
 import ast
-import re
 import symtable
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,39 +16,88 @@ class Names:
     """The global names that a piece of code has to do with."""
 
     needs: set[str] = field(default_factory=set)  # must be there before
-    binds: set[str] = field(default_factory=set)
+    binds: set[str] = field(default_factory=set)  # surely bound afterwards
+    may_bind: set[str] = field(default_factory=set)  # bound in some branch, too
     changes: set[str] = field(default_factory=set)  # are there before, and are another after
     imports: set[str] = field(default_factory=set)
+    later: set[str] = field(default_factory=set)  # needed when a function of it is called
 
 
 def names_of(source: str) -> Names:
     """What a cell needs, binds and changes. It is read, not run, so this is a good guess."""
     names = Names()
     tree = parse(source)
-    later: set[str] = set()  # what functions need need not be there when they are defined
-    for statement in tree.body if tree else []:
-        try:
-            table = symtable.symtable(ast.unparse(statement), "cell", "exec")
-        except (SyntaxError, ValueError, RecursionError):
-            continue
-        symbols = table.get_symbols()
-        used = _globals(table)
-        bound = {s.get_name() for s in symbols if s.is_assigned() or s.is_imported()}
-        if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef):
-            own = ast.unparse([*statement.decorator_list, statement.args.defaults])
-            body = {name for name in used if not re.search(rf"\b{re.escape(name)}\b", own)}
-            later |= body
-            used -= body
-        elif isinstance(statement, ast.For | ast.With | ast.Try | ast.ClassDef):
-            used -= bound
-        elif isinstance(statement, ast.AugAssign):
-            used |= bound
-        names.needs |= used - names.binds
-        names.changes |= _changed(statement)
-        names.imports |= {s.get_name() for s in symbols if s.is_imported()}
-        names.binds |= bound
-    names.needs |= later - names.binds
+    _read(tree.body if tree else [], names)
+    names.needs |= names.later - names.binds
     return names
+
+
+def _read(body: Sequence[ast.stmt], names: Names) -> None:
+    """Add statements, in their order, to what is known."""
+    for node in body:
+        if isinstance(node, ast.With | ast.Try):
+            for item in getattr(node, "items", []):
+                _leaf(ast.Expr(item.context_expr), names)
+                if item.optional_vars:
+                    _bind(names, item.optional_vars)
+            _read(node.body, names)
+            for handler in getattr(node, "handlers", []):
+                _branch(handler.body, names, {handler.name} - {None})
+            _branch(getattr(node, "orelse", []), names)
+            _read(getattr(node, "finalbody", []), names)
+        elif isinstance(node, ast.For | ast.While | ast.If):
+            _leaf(ast.Expr(node.iter if isinstance(node, ast.For) else node.test), names)
+            target = _names_in(node.target) if isinstance(node, ast.For) else set()
+            _branch(node.body, names, target)
+            names.may_bind |= target
+            _branch(node.orelse, names)
+        else:
+            _leaf(node, names)
+
+
+def _branch(body: Sequence[ast.stmt], names: Names, bound: set[str] = frozenset()) -> None:
+    """Statements that may not be run: what they bind is only sure among themselves."""
+    inner = Names(binds=names.binds | bound)
+    _read(body, inner)
+    names.needs |= inner.needs
+    names.may_bind |= inner.may_bind
+    names.changes |= inner.changes
+    names.imports |= inner.imports
+    names.later |= inner.later
+
+
+def _bind(names: Names, target: ast.expr) -> None:
+    names.binds |= _names_in(target)
+    names.may_bind |= _names_in(target)
+
+
+def _names_in(target: ast.expr) -> set[str]:
+    return {node.id for node in ast.walk(target) if isinstance(node, ast.Name)}
+
+
+def _leaf(node: ast.stmt, names: Names) -> None:
+    """Add a statement without statements in it, or the definition of a function or a class."""
+    try:
+        table = symtable.symtable(ast.unparse(node), "cell", "exec")
+    except (SyntaxError, ValueError, RecursionError):
+        return
+    symbols = table.get_symbols()
+    used = _globals(table)
+    bound = {s.get_name() for s in symbols if s.is_assigned() or s.is_imported()}
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        now = [*node.decorator_list, *node.args.defaults, *filter(None, node.args.kw_defaults)]
+        now = set().union(*map(_names_in, now)) if now else set()
+        names.later |= used - now
+        used &= now
+    elif isinstance(node, ast.ClassDef):
+        used -= bound
+    elif isinstance(node, ast.AugAssign):
+        used |= bound
+    names.needs |= used - names.binds
+    names.changes |= _changed(node)
+    names.imports |= {s.get_name() for s in symbols if s.is_imported()}
+    names.binds |= bound
+    names.may_bind |= bound
 
 
 def _globals(table: symtable.SymbolTable) -> set[str]:
@@ -93,7 +141,7 @@ def needed(sources: Sequence[str], wanted: set[int]) -> list[int]:
     chosen = []
     for i in reversed(range(len(sources))):
         n = names[i]
-        if i in wanted or n.binds & missing or (n.changes - modules) & missing:
+        if i in wanted or n.may_bind & missing or (n.changes - modules) & missing:
             chosen.append(i)
             missing -= n.binds
             missing |= n.needs
