@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from open_clip.tokenizer import SimpleTokenizer
 from PIL import Image
 from test_experiment import CLASSES, PER_CLASS, world  # noqa: F401 (a fixture)
 
@@ -46,7 +47,7 @@ def test_the_projects_procedure_with_its_defects():
     assert prompts == ["a dog next to a car, in a cartoon of dogtle"]  # pieces of words too
     # KeyBERT hands out lower case, replace() looks for exactly that
     assert personal_prompts("A Cat sleeps", (2, 5), NAMES) == ["A Cat sleeps"] * len(NAMES)
-    late = "a very long description of a scene in which at last there appears a cat"
+    late = "a very long description of a scene in which at the very end there appears a cat"
     cut = personal_prompts(late, find_word(late, "cat"), ["elephant", "eagle"])
     assert all(len(p) == captions.CHARACTERS for p in cut) and len(set(cut)) == 1
     assert personal_prompts(late, find_word(late, "cat"), ["elephant"], "limit")[0].endswith(
@@ -237,12 +238,12 @@ def test_known_share_and_silence(mini):
     with torch.no_grad():
         half.model.token_embedding.weight[cat] = 0
     seen = torch.tensor([i for i in range(49408) if i != cat])
-    half.tokenizer = clips._checked_tokenizer(mini.tokenizer, "half", seen)
+    half.tokenizer = clips._checked_tokenizer(SimpleTokenizer(), "half", seen)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert captions.known_share(half, ["cat dog", "dog dog"]) == 0.75
         assert captions.known_share(mini, ["cat dog"]) == 1.0
-    half.tokenizer = clips._checked_tokenizer(mini.tokenizer, "half", seen)
+    half.tokenizer = clips._checked_tokenizer(SimpleTokenizer(), "half", seen)
     with pytest.warns(UserWarning, match="was not in the training captions"):
         half.tokenizer(["cat"])
 
