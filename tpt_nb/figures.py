@@ -707,6 +707,7 @@ def scatter(
     log_y: bool = False,
     mark: tuple[float, str] | None = None,
     reference: float | None = None,
+    theory: tuple[Sequence[float], Sequence[float], str] | None = None,
 ) -> Figure:
     """Points, told apart by colour and marker.
 
@@ -715,6 +716,7 @@ def scatter(
         log_x, log_y: is the axis logarithmic?
         mark: a place on the x axis and its name: a dashed line there.
         reference: where a thin horizontal line stands.
+        theory: (x, y, name) of a line that the points are held against.
     """
     fig, axis = plt.subplots(figsize=(WIDTH, 2.8))
     cycle = plt.rcParams["axes.prop_cycle"].by_key()["color"]
@@ -732,8 +734,10 @@ def scatter(
     axis.set_xlabel(x_label)
     axis.set_ylabel(y_label)
     axis.grid(axis="y")
-    if len(series) > 1:
-        fig.legend(loc="outside lower center", ncols=min(len(series), 4))
+    if theory:
+        axis.plot(*theory[:2], color=GREY, linestyle="-", linewidth=1.2, zorder=1, label=theory[2])
+    if len(series) > 1 or theory:
+        fig.legend(loc="outside lower center", ncols=4)
     axis.set_title(title)
     return fig
 
