@@ -175,14 +175,14 @@ def test_responses_have_every_line_in_every_panel():
 
 def test_scatter_draws_the_points_and_marks_the_place():
     series = {"a": ([0.1, 1.0], [1, 2]), "b": ([0.01], [3])}
-    line = ([0.1, 1], [1, 1], "theory")
-    fig = figures.scatter(series, "x", "y", log_x=True, mark=(0.05, "1/C"), theory=line)
+    held = ([0.1, 1], [1, 1], "theory")
+    fig = figures.scatter(series, "x", "y", log_x=True, mark=(0.05, "1/C"), theory=held)
     axis = fig.axes[0]
     for line, (x, y) in zip(axis.lines[:2], series.values(), strict=True):
         np.testing.assert_array_equal(line.get_xydata(), np.stack([x, y], 1))
     assert axis.get_xscale() == "log" and axis.texts[0].get_text() == "1/C"
     assert list(axis.lines[2].get_xdata()) == [0.05, 0.05]
-    np.testing.assert_array_equal(axis.lines[3].get_ydata(), line[1])
+    np.testing.assert_array_equal(axis.lines[3].get_ydata(), held[1])
     assert [text.get_text() for text in fig.legends[0].get_texts()] == ["a", "b", "theory"]
 
 
