@@ -6,19 +6,24 @@ Test-time prompt tuning (Shu et al., "Test-Time Prompt Tuning for Zero-Shot Gene
 Vision-Language Models", 2022) takes one optimiser step on the context per image and starts from
 the same context for every image. The *paper* path does that literally. The *fast* path gives the
 same result for many images at once: the text features of the initial context are computed once,
-the gradient of each image at that point is a vector-Jacobian product through that one graph, and
-each image's own context goes through the text tower in a batch. AdamW works on each number by
-itself, so one optimiser over ``[B,M,d]`` equals B fresh optimisers over ``[M,d]``.
+the gradient of each image at that point is a vector-Jacobian product with one Jacobian, a matrix
+where there are enough images to pay for it and enough memory to hold it; the first AdamW step is
+a formula; each image's own context goes through the text tower in a batch. The *tangent* path does
+not even that: it takes the tuned text features from the same Jacobian, to first order. It is an
+approximation.
 """
 
 import inspect
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from tpt_nb.clip import text_tower
+from tpt_nb.clip import project_text, text_tower
 from tpt_nb.losses import (
     Loss,
     check_rho,
@@ -31,6 +36,8 @@ from tpt_nb.losses import (
 from tpt_nb.prompts import Prompts, TemplatePrompts
 
 OPTIMIZERS = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
+EXACT = ("fast", "paper", "tangent")
+WORTH = 1.5  # the Jacobian costs about as much as this many gradients per row, d rows per class
 
 
 @dataclass
@@ -86,6 +93,7 @@ def tpt(
     optimizer: str = "adamw",
     exact: str = "fast",
     batch: int | None = None,
+    n_images: int | None = None,
 ) -> Adapted:
     """Test-time prompt tuning: for each image, ``steps`` on its own copy of the context.
 
@@ -99,28 +107,34 @@ def tpt(
         rho: selection ratio in (0,1].
         lr: learning rate; the first AdamW step is ``-lr * sign(gradient)`` in all but rounding.
         optimizer: "adamw" (weight decay 0.01) or "sgd" (none), fresh for every image.
-        exact: "fast", or "paper" for 77 tokens, one image at a time and plain autograd.
+        exact: "fast"; "paper" for 77 tokens, one image at a time and plain autograd; "tangent" for
+            an approximation: text features of first order around the initial context.
         batch: images per pass of the fast path; None chooses by memory. It changes no result
             beyond rounding.
+        n_images: how many images there are in all, if this is one of several calls; None: these.
+            The more, the sooner the Jacobian is worth its price. No result depends on it beyond
+            rounding.
     Returns:
         ``loss`` is the value at the initial prompt.
     Raises:
-        ValueError: unknown names, parameters out of range, prompts without a context.
+        ValueError: unknown names, parameters out of range, prompts without a context; "tangent"
+            with prompts that have no Jacobian (see ``Prompts.jacobian``).
     """
     loss_fn = _with_selection(get_loss(loss) if isinstance(loss, str) else loss)
     _check_tpt(features, prompts, rho, lr, steps, optimizer, batch)
+    if exact not in EXACT:
+        raise ValueError(f"exact is {exact!r}; allowed: {', '.join(EXACT)}.")
     if exact == "paper":
         chunks = [_tpt_paper(one, prompts, loss_fn, rho, lr, steps, optimizer) for one in features]
-    elif exact == "fast":
-        initial = prompts.ctx.to(_weight(prompts)).clone().requires_grad_(True)
-        text = prompts.text_features(initial)
+    else:
+        by_matrix = exact == "tangent" or _worth_a_jacobian(prompts, n_images or len(features))
+        start = _Start(prompts, by_matrix)
+        text_of = start.tangent if exact == "tangent" else prompts.text_features
         size = batch or _images_per_pass(prompts, steps)
         chunks = [
-            _tpt_fast(chunk, prompts, initial, text, loss_fn, rho, lr, steps, optimizer)
+            _tpt_fast(chunk, prompts, start, text_of, loss_fn, rho, lr, steps, optimizer)
             for chunk in features.split(size)
         ]
-    else:
-        raise ValueError(f"exact is {exact!r}; allowed: fast, paper.")
     return Adapted(*(torch.cat(parts) for parts in zip(*chunks, strict=True)))
 
 
@@ -147,34 +161,87 @@ def _tpt_paper(views, prompts, loss_fn, rho, lr, steps, optimizer) -> tuple[Tens
     return _back(views, *parts)
 
 
+class _Start:
+    """The text features of the initial context, and how to take gradients back to it.
+
+    ``text`` is ``[C,D]``. By matrix: rows of the text tower, of width d, and the Jacobian
+    ``[C*d,M*d]`` of these rows; gradients are one product with it. Else: the graph of one pass.
+    """
+
+    def __init__(self, prompts: Prompts, by_matrix: bool) -> None:
+        self.ctx = prompts.ctx.to(_weight(prompts)).clone()
+        self.tower = text_tower(prompts.clip.model)
+        self.jacobian = prompts.jacobian().flatten(0, 1) if by_matrix else None
+        if by_matrix:
+            with torch.no_grad():
+                self.rows = prompts.rows(self.ctx[None])[0]  # [C,d]
+                self.text = F.normalize(project_text(self.tower, self.rows), dim=-1)
+        else:
+            self.graph = prompts.text_features(self.ctx.requires_grad_(True))
+            self.text = self.graph.detach()
+
+    def pull_back(self, cotangents: Tensor) -> Tensor:
+        """Cotangents of the text features ``[b,C,D]`` -> of the context ``[b,M,d]``."""
+        if self.jacobian is None:
+            (out,) = torch.autograd.grad(
+                self.graph, self.ctx, cotangents, is_grads_batched=True, retain_graph=True
+            )
+            return out
+        with torch.enable_grad():  # through the normalisation and the projection: cheap
+            rows = self.rows.expand(len(cotangents), -1, -1).detach().requires_grad_(True)
+            text = F.normalize(project_text(self.tower, rows), dim=-1)
+            (at_rows,) = torch.autograd.grad(text, rows, cotangents)
+        return (at_rows.flatten(1) @ self.jacobian).unflatten(1, self.ctx.shape)
+
+    def tangent(self, ctx: Tensor) -> Tensor:
+        """Text features ``[b,C,D]`` of contexts ``[b,M,d]``, the tower taken to first order."""
+        moved = (ctx - self.ctx).flatten(1) @ self.jacobian.T
+        rows = self.rows + moved.unflatten(1, self.rows.shape)
+        return F.normalize(project_text(self.tower, rows), dim=-1)
+
+
 def _tpt_fast(
-    features, prompts, initial, text, loss_fn, rho, lr, steps, optimizer
+    features, prompts, start, text_of, loss_fn, rho, lr, steps, optimizer
 ) -> tuple[Tensor, ...]:
-    """A chunk of images ``[b,V,D]``; ``text`` hangs on ``initial`` and is shared by all chunks."""
+    """A chunk of images ``[b,V,D]``; ``start`` is shared by all chunks."""
     x = features.to(_weight(prompts))
     scale = prompts.clip.logit_scale.to(x)
-    logits = (scale * x @ text.detach().T).requires_grad_(True)
+    logits = (scale * x @ start.text.T).requires_grad_(True)
     chosen = torch.vmap(lambda z: loss_fn.select(z, rho))(logits.detach())
     each = torch.vmap(lambda z, i: loss_fn(z, rho, i))
     first = each(logits, chosen)
     (g_logits,) = torch.autograd.grad(first.sum(), logits)
-    g_text = scale * g_logits.transpose(1, 2) @ x  # [b,C,D]
-    (g_ctx,) = torch.autograd.grad(text, initial, g_text, is_grads_batched=True, retain_graph=True)
-
-    ctx = initial.detach().expand_as(g_ctx).clone().requires_grad_(True)
-    step = OPTIMIZERS[optimizer]([ctx], lr=lr)
-    ctx.grad = g_ctx
-    step.step()
-    for _ in range(steps - 1):
-        step.zero_grad()
-        later = scale * x @ prompts.text_features(ctx).transpose(1, 2)
-        each(later, chosen).sum().backward()
+    g_ctx = start.pull_back(scale * g_logits.transpose(1, 2) @ x)
+    if steps == 1:
+        ctx = _first_step(start.ctx.detach(), g_ctx, lr, optimizer)
+    else:
+        ctx = start.ctx.detach().expand_as(g_ctx).clone().requires_grad_(True)
+        step = OPTIMIZERS[optimizer]([ctx], lr=lr)
+        ctx.grad = g_ctx
         step.step()
+        for _ in range(steps - 1):
+            step.zero_grad()
+            later = scale * x @ text_of(ctx).transpose(1, 2)
+            each(later, chosen).sum().backward()
+            step.step()
     with torch.no_grad(), torch.autocast("cuda", torch.float16, enabled=_amp(x)):
-        tuned = prompts.text_features(ctx).to(x.dtype)
-    after = scale * torch.einsum("bd,bcd->bc", x[:, 0], tuned)
+        tuned = text_of(ctx).to(x.dtype)
+    after = scale * (tuned @ x[:, 0, :, None])[..., 0]
     parts = (after, logits[:, 0].detach(), first.detach(), _as_mask(chosen, features), ctx.detach())
     return _back(features, *parts)
+
+
+def _first_step(ctx: Tensor, gradient: Tensor, lr: float, optimizer: str) -> Tensor:
+    """The first step of a fresh optimiser, in closed form: ``[M,d]``, ``[b,M,d]`` -> ``[b,M,d]``.
+
+    With empty state the bias-corrected moments of AdamW are g and g*g, and its step is
+    -lr g / (|g| + eps), after the weight decay of the weights themselves.
+    """
+    if optimizer == "sgd":
+        return ctx - lr * gradient
+    defaults = torch.optim.AdamW([torch.zeros(1)]).defaults  # torch's, as the paper's code has them
+    step = lr * gradient / (gradient.abs() + defaults["eps"])
+    return ctx * (1 - lr * defaults["weight_decay"]) - step
 
 
 # --- helpers -------------------------------------------------------------------------------------
@@ -227,11 +294,42 @@ def _with_selection(loss: Loss) -> Loss:
     return call
 
 
+def _worth_a_jacobian(prompts: Prompts, n_images: int) -> bool:
+    """Is the Jacobian as a matrix cheaper than a gradient per image, and does it fit?
+
+    A quarter of the free memory: the matrix is made in parts, but there are other things to hold.
+    """
+    if not prompts.has_jacobian or n_images < WORTH * prompts.clip.ctx_dim:
+        return False
+    weight = _weight(prompts)
+    size = prompts.C * prompts.M * prompts.clip.ctx_dim**2 * weight.element_size()
+    return size <= free_memory(weight.device) / 4
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can be had on a device; on the CPU within the limit of the container, if any."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    found = []
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        found += [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")]
+        group = Path("/sys/fs/cgroup")
+        limit = (group / "memory.max").read_text().strip()
+        if limit != "max":
+            found.append(int(limit) - int((group / "memory.current").read_text()))
+    except (OSError, ValueError):
+        pass  # not Linux, or not limited
+    if not found:
+        found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2]
+    return min(found)
+
+
 def _images_per_pass(prompts: Prompts, steps: int) -> int:
     """So many images that the widest activation stays small: in the cache of a CPU, or in 1 GB."""
     weight = _weight(prompts)
     tokens = sum(len(name) + len(rest) + 1 for name, rest in prompts.tokens)
-    if prompts.class_specific or prompts.class_token_position != "end":
+    if not prompts.fixed_suffixes:
         tokens += prompts.C * prompts.M
     widest = tokens * 4 * weight.shape[1] * weight.element_size()
     budget = 2**30 if weight.is_cuda else 2**24

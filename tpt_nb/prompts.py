@@ -10,14 +10,18 @@ all classes and are computed once; classes with equally long names form one batc
 import math
 import pickle
 import warnings
+from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from open_clip.zero_shot_metadata import OPENAI_IMAGENET_TEMPLATES
+from torch import Tensor
 from tqdm import tqdm
 
 from tpt_nb.clip import Clip, project_text, run_text_tower, text_tower
+from tpt_nb.tower import LONGEST, Packed, causal_tower, has_plain_attention, jacobian
 
 TEMPLATES = {
     "single": ["a photo of a {}."],
@@ -30,6 +34,7 @@ TEMPLATES = {
         "art of the {}.",
         "a photo of the small {}.",
     ],
+    "eighty": [template("{}") for template in OPENAI_IMAGENET_TEMPLATES],
 }
 POSITIONS = ("end", "middle", "front")
 
@@ -76,6 +81,7 @@ class Prompts:
         self.class_specific = class_specific
         names = [_clean(name) for name in self.classnames]
         _check_names(names)
+        self._made: dict[tuple, object] = {}
 
         self.ctx = self._initial_context(ctx_init, n_ctx, coop, seed)
         self.M = self.ctx.shape[-2]
@@ -177,10 +183,10 @@ class Prompts:
         """How many context vectors stand before the class name."""
         return {"end": self.M, "middle": self.M // 2, "front": 0}[self.class_token_position]
 
-    @property
-    def _special(self) -> tuple[int, int]:
+    @cached_property
+    def _special(self) -> list[int]:
         row = self.clip.tokenizer([""])[0]
-        return int(row[0]), int(row.max())
+        return [int(row[0]), int(row.max())]
 
     def _embed(self, ids: list[int]) -> Tensor:
         table = text_tower(self.clip.model).token_embedding.weight
@@ -191,20 +197,41 @@ class Prompts:
     def _fast_features(self, ctx: Tensor) -> Tensor:
         """``[B,M,d]`` or ``[B,C,M,d]`` -> ``[B,C,D]``."""
         tower = text_tower(self.clip.model)
-        if not all(isinstance(b.attn, nn.MultiheadAttention) for b in tower.transformer.resblocks):
-            return torch.stack(
-                [self._paper_features(one) for one in ctx]
-            )  # rare attention variants
-        position = tower.positional_embedding
-        sot, eot = self._special
-        half = self._before_name()
-        start = self._embed([sot]).expand(len(ctx), 1, -1)
-        if self.class_specific:  # the start token alone is common to all classes
-            prefix, half_in_suffix = start, half
-        else:
-            prefix, half_in_suffix = torch.cat([start, ctx[:, :half]], dim=1), 0
-        prefix = prefix + position[: prefix.shape[1]]
+        if not has_plain_attention(tower):  # rare variants
+            return torch.stack([self._paper_features(one) for one in ctx])
+        return F.normalize(project_text(tower, self.rows(ctx)), dim=-1)
 
+    def rows(self, ctx: Tensor) -> Tensor:
+        """End-of-text rows behind the last layer norm, of width d; the projection makes features.
+
+        ``[B,M,d]`` (class-specific ``[B,C,M,d]``) -> ``[B,C,d]``, in the dtype of the model.
+        """
+        tower = text_tower(self.clip.model)
+        prefix, suffixes, order = self._split(ctx)
+        if torch.is_grad_enabled() and (ctx.requires_grad or tower.ln_final.weight.requires_grad):
+            return causal_tower(tower, prefix, suffixes)[:, order]
+        packed = self._packed(suffixes, order)
+        return packed(prefix) if packed else causal_tower(tower, prefix, suffixes)[:, order]
+
+    def _split(self, ctx: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
+        """The prefix ``[B,P,d]``, the suffixes in groups of equal length, and the classes' places.
+
+        Suffixes ``[B or 1,C_g,S_g,d]``; ``order [C]`` says where each class stands in the groups.
+        """
+        prefix = self._embed(self._special[:1]).expand(len(ctx), 1, -1)
+        if not self.class_specific:  # else the start token alone is common to all classes
+            prefix = torch.cat([prefix, ctx[:, : self._before_name()]], dim=1)
+        position = text_tower(self.clip.model).positional_embedding
+        prefix = prefix + position[: prefix.shape[1]]
+        if self.fixed_suffixes:
+            return prefix, *self._once("suffixes", lambda: self._suffixes(None))
+        return prefix, *self._suffixes(ctx)
+
+    def _suffixes(self, ctx: Tensor | None) -> tuple[list[Tensor], Tensor]:
+        """The suffixes and the order; ``ctx`` is None where none of it stands in a suffix."""
+        half, eot = self._before_name(), self._special[1]
+        offset = 1 + (0 if self.class_specific else half)
+        position = text_tower(self.clip.model).positional_embedding
         groups: dict[tuple[int, int], list[int]] = {}
         for c, (name, rest) in enumerate(self.tokens):
             groups.setdefault((len(name), len(rest)), []).append(c)
@@ -212,108 +239,67 @@ class Prompts:
         for members in groups.values():
             name = self._embed([self.tokens[c][0] for c in members]).unsqueeze(0)
             rest = self._embed([[*self.tokens[c][1], eot] for c in members]).unsqueeze(0)
-            own = ctx[:, members] if self.class_specific else ctx.unsqueeze(1)
-            parts = [own[..., :half_in_suffix, :], name, own[..., half:, :], rest]
-            parts = [p for p in parts if p.shape[2]]
+            parts = [name, rest]
+            if ctx is not None:
+                own = ctx[:, members] if self.class_specific else ctx.unsqueeze(1)
+                before = own[..., : half if self.class_specific else 0, :]
+                parts = [p for p in (before, name, own[..., half:, :], rest) if p.shape[2]]
             batch = max(p.shape[0] for p in parts)  # 1 if no context stands in the suffix
             x = torch.cat([p.expand(batch, len(members), -1, -1) for p in parts], dim=2)
-            suffixes.append(x + position[prefix.shape[1] : prefix.shape[1] + x.shape[2]])
+            suffixes.append(x + position[offset : offset + x.shape[2]])
+        order = torch.tensor([c for members in groups.values() for c in members]).argsort()
+        return suffixes, order.to(position.device)
 
-        features = F.normalize(causal_tower(tower, prefix, suffixes), dim=-1)
-        order = torch.tensor([c for members in groups.values() for c in members])
-        return features[:, order.argsort().to(features.device)]
+    @property
+    def fixed_suffixes(self) -> bool:
+        """Do all context tokens stand before the class name, and are they common to the classes?"""
+        return self.class_token_position == "end" and not self.class_specific
 
+    def _packed(self, suffixes: list[Tensor], order: Tensor) -> Packed | None:
+        """The suffixes laid out for passes without gradient; None where that does not pay."""
+        longest = max(x.shape[2] for x in suffixes)
+        if not self.fixed_suffixes or suffixes[0].is_cuda or longest > LONGEST:
+            return None
+        return self._once("packed", lambda: Packed(text_tower(self.clip.model), suffixes, order))
 
-def causal_tower(tower: nn.Module, prefix: Tensor, suffixes: list[Tensor]) -> Tensor:
-    """Text features of many prompts that share a prefix, without computing anything twice.
+    def _once(self, what: str, make: Callable):
+        """What depends on the frozen model and the class names alone is made once."""
+        weight = text_tower(self.clip.model).token_embedding.weight
+        if weight.requires_grad:  # not frozen: somebody trains it
+            return make()
+        key = (what, weight.dtype, weight.device)
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
-    Args:
-        tower: open_clip's text tower, with fused attention.
-        prefix: ``[B,P,d]`` embedded tokens common to all classes, positions added.
-        suffixes: for each group of equally long suffixes ``[B or 1,C_g,S_g,d]``; the last token
-            is the end-of-text token.
-    Returns:
-        ``[B,C,D]``, classes in the order of the groups, not normalised.
-    """
-    sizes = [(x.shape[1], x.shape[2]) for x in suffixes]
-    x = torch.cat([s.flatten(1, 2).expand(max(map(len, suffixes)), -1, -1) for s in suffixes], 1)
-    blocks = list(tower.transformer.resblocks)
-    for i, block in enumerate(blocks):
-        last = i == len(blocks) - 1  # there, only the end-of-text rows are asked for
-        queries = _end_rows(x, sizes) if last else x
-        prefix_qkv = _project(block, prefix, "qkv")
-        k, v = _project(block, x, "kv")
-        q = _project(block, queries, "q")[0]
-        mixed = _attend_suffix(q, k, v, prefix_qkv[1], prefix_qkv[2], sizes, last)
-        x = _finish(block, queries, mixed)
-        if not last:
-            prefix = _finish(block, prefix, _attend_causal(*prefix_qkv))
-    return project_text(tower, tower.ln_final(x))
+    def jacobian(self) -> Tensor:
+        """Derivative of the end-of-text rows in the context, at the initial one.
 
+        Computed once and kept: ``[C,d,M*d]``, which is 4 (float32) x C x d x M x d bytes. The rows
+        are those behind the last layer norm, of width d; projection and normalisation follow.
 
-def _end_rows(x: Tensor, sizes: list[tuple[int, int]]) -> Tensor:
-    """The last row of each suffix: ``[B,T,d] -> [B,C,d]``."""
-    parts = x.split([c * s for c, s in sizes], dim=1)
-    return torch.cat([p.unflatten(1, cs)[:, :, -1] for p, cs in zip(parts, sizes, strict=True)], 1)
+        Raises:
+            ValueError: the class name does not stand at the end, or contexts are class-specific.
+        """
+        if not self.has_jacobian:
+            raise ValueError(
+                "the Jacobian of the text features needs one context for all classes, in front of "
+                f"the class name, and a tower of OpenAI's kind; this one has class_token_position="
+                f"{self.class_token_position!r} and class_specific={self.class_specific}."
+            )
+        return self._once("jacobian", self._make_jacobian)
 
+    @property
+    def has_jacobian(self) -> bool:
+        """Can :meth:`jacobian` be asked for?"""
+        return self.fixed_suffixes and has_plain_attention(text_tower(self.clip.model))
 
-def _project(block: nn.Module, x: Tensor, which: str) -> list[Tensor]:
-    """Queries, keys or values: ``[B,T,d]`` -> one ``[B,h,T,e]`` per letter of ``which``."""
-    attention = block.attn
-    width = attention.embed_dim
-    first = "qkv".index(which[0]) * width
-    rows = slice(first, first + len(which) * width)
-    y = F.linear(block.ln_1(x), attention.in_proj_weight[rows], attention.in_proj_bias[rows])
-    y = y.unflatten(-1, (len(which), attention.num_heads, -1))  # [B,T,n,h,e]
-    return [t.transpose(1, 2) for t in y.unbind(2)]
-
-
-def _attend_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal self-attention of ``[B,h,T,e]`` -> ``[B,T,h*e]``."""
-    scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
-    scores = scores + _causal_mask(scores)
-    return (scores.softmax(dim=-1) @ v).transpose(1, 2).flatten(2)
-
-
-def _causal_mask(scores: Tensor) -> Tensor:
-    return torch.full_like(scores[(0,) * (scores.ndim - 2)], float("-inf")).triu(1)
-
-
-def _attend_suffix(q, k, v, k_prefix, v_prefix, sizes, last: bool) -> Tensor:
-    """Each suffix attends to the prefix and causally to itself: -> ``[B,T,h*e]``.
-
-    ``q, k, v`` are ``[B or 1,h,T,e]`` (``q`` is ``[.,h,C,e]`` in the last block), the prefix
-    ``[B,h,P,e]``.
-    """
-    scale = 1 / math.sqrt(q.shape[-1])
-    n_prefix = k_prefix.shape[2]
-    to_prefix = (q * scale) @ k_prefix.transpose(-1, -2)  # [B,h,T,P]
-    batch = to_prefix.shape[0]
-    k_parts = k.split([c * s for c, s in sizes], dim=2)
-    v_parts = v.split([c * s for c, s in sizes], dim=2)
-    q_sizes = [(c, 1) if last else (c, s) for c, s in sizes]
-    q_parts = q.split([c * s for c, s in q_sizes], dim=2)
-    prefix_parts = to_prefix.split([c * s for c, s in q_sizes], dim=2)
-    weights_prefix, from_suffix = [], []
-    for q_g, k_g, v_g, p_g, size, q_size in zip(
-        q_parts, k_parts, v_parts, prefix_parts, sizes, q_sizes, strict=True
-    ):
-        q_g, k_g, v_g = q_g.unflatten(2, q_size), k_g.unflatten(2, size), v_g.unflatten(2, size)
-        own = (q_g * scale) @ k_g.transpose(-1, -2)  # [B,h,C,S,S]
-        if not last:
-            own = own + _causal_mask(own)
-        scores = torch.cat([p_g.unflatten(2, q_size), own.expand(batch, -1, -1, -1, -1)], dim=-1)
-        weights = scores.softmax(dim=-1)
-        weights_prefix.append(weights[..., :n_prefix].flatten(2, 3))
-        from_suffix.append((weights[..., n_prefix:] @ v_g).flatten(2, 3))
-    out = torch.cat(weights_prefix, dim=2) @ v_prefix + torch.cat(from_suffix, dim=2)
-    return out.transpose(1, 2).flatten(2)
-
-
-def _finish(block: nn.Module, x: Tensor, mixed: Tensor) -> Tensor:
-    """The rest of a residual block behind the attention."""
-    x = x + block.ls_1(block.attn.out_proj(mixed))
-    return x + block.ls_2(block.mlp(block.ln_2(x)))
+    def _make_jacobian(self) -> Tensor:
+        tower = text_tower(self.clip.model)
+        with torch.no_grad():
+            prefix, suffixes, order = self._split(self.ctx.to(tower.token_embedding.weight)[None])
+        with torch.enable_grad():
+            return jacobian(tower, prefix[0], suffixes, order)
 
 
 class TemplatePrompts:

@@ -258,7 +258,7 @@ def test_duplicate_classes_share_the_probability(mini64):
         ({"steps": 0}, "steps=0"),
         ({"batch": 0}, "batch=0"),
         ({"optimizer": "adam"}, "known: adamw, sgd"),
-        ({"exact": "yes"}, "allowed: fast, paper"),
+        ({"exact": "yes"}, "allowed: fast, paper, tangent"),
     ],
 )
 def test_bad_parameters_are_named(prompts32, params, message):

@@ -203,8 +203,8 @@ def test_template_ensemble(mini64):
 
 
 def test_bad_templates_are_named(mini):
-    with pytest.raises(ValueError, match="known: single, seven"):
-        template_features(mini, NAMES, "eighty")
+    with pytest.raises(ValueError, match="known: single, seven, eighty"):
+        template_features(mini, NAMES, "ninety")
     with pytest.raises(ValueError, match="a photo"):
         template_features(mini, NAMES, ["a photo"])
 

@@ -1,0 +1,317 @@
+"""The text tower of CLIP for many prompts that share a prefix, without computing anything twice.
+
+A prompt is a prefix (start token and context) that is the same for all classes, and a suffix (class
+name, period, end-of-text token). The tower is causal, so the prefix does not see the suffix: it
+runs once, and the tokens of the suffixes attend to its keys and values. Of the last block only the
+end-of-text rows are asked for.
+
+Two routes give the same numbers. :func:`causal_tower` is differentiable and takes suffixes of any
+kind. :class:`Packed` is for contexts that need no gradient, and for suffixes that no context
+changes: what the first block does with them is computed once, nothing is padded or copied to line
+up heads, and nothing is kept for a backward pass.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+QUICK_GELU = 1.702  # x * sigmoid(1.702 x)
+LONGEST = 16  # tokens of a suffix up to which Packed loops over pairs of positions
+
+
+def blocks_of(tower: nn.Module) -> list[nn.Module]:
+    """The residual blocks of open_clip's text tower."""
+    return list(tower.transformer.resblocks)
+
+
+def has_plain_attention(tower: nn.Module) -> bool:
+    """Is every attention torch's own, as in all of OpenAI's models? The code here assumes so."""
+    return all(isinstance(block.attn, nn.MultiheadAttention) for block in blocks_of(tower))
+
+
+# --- differentiable ------------------------------------------------------------------------------
+
+
+def causal_tower(tower: nn.Module, prefix: Tensor, suffixes: list[Tensor]) -> Tensor:
+    """The end-of-text rows of prompts that share a prefix, behind the last layer norm.
+
+    Args:
+        tower: open_clip's text tower, with torch's attention.
+        prefix: ``[B,P,d]`` embedded tokens common to all classes, positions added.
+        suffixes: for each group of equally long suffixes ``[B or 1,C_g,S_g,d]``; the last token
+            is the end-of-text token.
+    Returns:
+        ``[B,C,d]``, classes in the order of the groups; the projection is still to come.
+    """
+    return suffix_rows(tower, prefix_states(tower, prefix), suffixes)
+
+
+def prefix_states(tower: nn.Module, prefix: Tensor) -> list[Tensor]:
+    """What enters each block at the prefix: ``[B,P,d]`` per block, ``prefix`` itself first."""
+    states = [prefix]
+    for block in blocks_of(tower)[:-1]:
+        mixed = _attend_causal(*_project(block, states[-1], "qkv"))
+        states.append(_finish(block, states[-1], mixed))
+    return states
+
+
+def suffix_rows(tower: nn.Module, states: list[Tensor], suffixes: list[Tensor]) -> Tensor:
+    """As :func:`causal_tower`, from the states of the prefix."""
+    sizes = [(x.shape[1], x.shape[2]) for x in suffixes]
+    x = torch.cat([s.flatten(1, 2).expand(max(map(len, suffixes)), -1, -1) for s in suffixes], 1)
+    blocks = blocks_of(tower)
+    for i, (block, prefix) in enumerate(zip(blocks, states, strict=True)):
+        last = i == len(blocks) - 1  # there, only the end-of-text rows are asked for
+        queries = _end_rows(x, sizes) if last else x
+        k_prefix, v_prefix = _project(block, prefix, "kv")
+        k, v = _project(block, x, "kv")
+        q = _project(block, queries, "q")[0]
+        mixed = _attend_suffix(q, k, v, k_prefix, v_prefix, sizes, last)
+        x = _finish(block, queries, mixed)
+    return tower.ln_final(x)
+
+
+def _end_rows(x: Tensor, sizes: list[tuple[int, int]]) -> Tensor:
+    """The last row of each suffix: ``[B,T,d] -> [B,C,d]``."""
+    parts = x.split([c * s for c, s in sizes], dim=1)
+    return torch.cat([p.unflatten(1, cs)[:, :, -1] for p, cs in zip(parts, sizes, strict=True)], 1)
+
+
+def _project(block: nn.Module, x: Tensor, which: str) -> list[Tensor]:
+    """Queries, keys or values: ``[B,T,d]`` -> one ``[B,h,T,e]`` per letter of ``which``."""
+    y = _project_flat(block, x, which)
+    y = y.unflatten(-1, (len(which), block.attn.num_heads, -1))  # [B,T,n,h,e]
+    return [t.transpose(1, 2) for t in y.unbind(2)]
+
+
+def _project_flat(block: nn.Module, x: Tensor, which: str) -> Tensor:
+    """Queries, keys and/or values side by side: ``[B,T,d] -> [B,T,n*d]``."""
+    attention = block.attn
+    width = attention.embed_dim
+    first = "qkv".index(which[0]) * width
+    rows = slice(first, first + len(which) * width)
+    return F.linear(block.ln_1(x), attention.in_proj_weight[rows], attention.in_proj_bias[rows])
+
+
+def _attend_causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal self-attention of ``[B,h,T,e]`` -> ``[B,T,h*e]``."""
+    scores = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+    scores = scores + _causal_mask(scores)
+    return (scores.softmax(dim=-1) @ v).transpose(1, 2).flatten(2)
+
+
+def _causal_mask(scores: Tensor) -> Tensor:
+    return torch.full_like(scores[(0,) * (scores.ndim - 2)], float("-inf")).triu(1)
+
+
+def _attend_suffix(q, k, v, k_prefix, v_prefix, sizes, last: bool) -> Tensor:
+    """Each suffix attends to the prefix and causally to itself: -> ``[B,T,h*e]``.
+
+    ``q, k, v`` are ``[B or 1,h,T,e]`` (``q`` is ``[.,h,C,e]`` in the last block), the prefix
+    ``[B,h,P,e]``.
+    """
+    scale = 1 / math.sqrt(q.shape[-1])
+    n_prefix = k_prefix.shape[2]
+    to_prefix = (q * scale) @ k_prefix.transpose(-1, -2)  # [B,h,T,P]
+    batch = to_prefix.shape[0]
+    k_parts = k.split([c * s for c, s in sizes], dim=2)
+    v_parts = v.split([c * s for c, s in sizes], dim=2)
+    q_sizes = [(c, 1) if last else (c, s) for c, s in sizes]
+    q_parts = q.split([c * s for c, s in q_sizes], dim=2)
+    prefix_parts = to_prefix.split([c * s for c, s in q_sizes], dim=2)
+    weights_prefix, from_suffix = [], []
+    for q_g, k_g, v_g, p_g, size, q_size in zip(
+        q_parts, k_parts, v_parts, prefix_parts, sizes, q_sizes, strict=True
+    ):
+        q_g, k_g, v_g = q_g.unflatten(2, q_size), k_g.unflatten(2, size), v_g.unflatten(2, size)
+        own = (q_g * scale) @ k_g.transpose(-1, -2)  # [B,h,C,S,S]
+        if not last:
+            own = own + _causal_mask(own)
+        scores = torch.cat([p_g.unflatten(2, q_size), own.expand(batch, -1, -1, -1, -1)], dim=-1)
+        weights = scores.softmax(dim=-1)
+        weights_prefix.append(weights[..., :n_prefix].flatten(2, 3))
+        from_suffix.append((weights[..., n_prefix:] @ v_g).flatten(2, 3))
+    out = torch.cat(weights_prefix, dim=2) @ v_prefix + torch.cat(from_suffix, dim=2)
+    return out.transpose(1, 2).flatten(2)
+
+
+def _finish(block: nn.Module, x: Tensor, mixed: Tensor) -> Tensor:
+    """The rest of a residual block behind the attention."""
+    x = x + block.ls_1(block.attn.out_proj(mixed))
+    return x + block.ls_2(_mlp(block.mlp, block.ln_2(x)))
+
+
+def _mlp(mlp: nn.Module, x: Tensor) -> Tensor:
+    if type(mlp.gelu).__name__ != "QuickGELU":
+        return mlp(x)
+    # x sigmoid(a x) = silu(a x) / a, and silu is one operation, forwards and backwards
+    fc, out, a = mlp.c_fc, mlp.c_proj, QUICK_GELU
+    return F.linear(F.silu(F.linear(x, fc.weight * a, fc.bias * a)), out.weight / a, out.bias)
+
+
+# --- without gradient ----------------------------------------------------------------------------
+
+
+class Packed:
+    """Suffixes that no context changes, laid out for the tuned forward pass on a CPU.
+
+    The tokens lie position by position: the first token of all classes, the second of all classes
+    that have one, and so on, classes sorted by the length of their suffix, longest first. The
+    tokens of one position, and the earlier tokens of the same classes, are then slices.
+
+    Args:
+        tower: open_clip's text tower, with torch's attention.
+        suffixes: for each group ``[1,C_g,S_g,d]``, positions added, as in :func:`causal_tower`.
+        order: ``[C]``, where each class stands in the groups.
+    """
+
+    def __init__(self, tower: nn.Module, suffixes: list[Tensor], order: Tensor) -> None:
+        self.tower = tower
+        sizes = [x.shape[1] for x in suffixes]
+        offsets = [sum(sizes[:g]) for g in range(len(sizes))]
+        groups = sorted(range(len(sizes)), key=lambda g: -suffixes[g].shape[2])
+        ranks = torch.cat([torch.arange(sizes[g]) + offsets[g] for g in groups])
+        self.order = ranks.to(order.device).argsort()[order]  # rank of each class
+        longest = suffixes[groups[0]].shape[2]
+        rows = [
+            torch.cat([suffixes[g][0, :, p] for g in groups if suffixes[g].shape[2] > p])
+            for p in range(longest)
+        ]
+        self.counts = [*map(len, rows), 0]  # classes that have a token at this position
+        self.starts = [sum(self.counts[:p]) for p in range(longest)]
+        self.x = torch.cat(rows).unsqueeze(0)  # [1,T,d]
+        with torch.no_grad():
+            self.first = _project_flat(blocks_of(tower)[0], self.x, "qkv")  # [1,T,3d]
+        # (first query, queries, first rank, position), of all tokens and of the last ones only
+        self.all = [(self.starts[p], self.counts[p], 0, p) for p in range(longest)]
+        self.ends = []
+        for p in reversed(range(longest)):
+            low, high = self.counts[p + 1], self.counts[p]
+            if high > low:
+                self.ends.append((low, high - low, low, p))
+
+    @torch.no_grad()
+    def __call__(self, prefix: Tensor) -> Tensor:
+        """``[B,P,d]`` -> ``[B,C,d]``, as :func:`causal_tower`, without a graph, in class order."""
+        blocks = blocks_of(self.tower)
+        x = self.x.expand(len(prefix), -1, -1)
+        states = prefix_states(self.tower, prefix)
+        for i, (block, state) in enumerate(zip(blocks, states, strict=True)):
+            last = i == len(blocks) - 1
+            qkv = self.first if i == 0 else None
+            if last:
+                queries = self._end_rows(x)
+                kv = _project_flat(block, x, "kv") if qkv is None else qkv[..., x.shape[2] :]
+                q, (k, v), x = _project_flat(block, queries, "q"), kv.chunk(2, dim=-1), queries
+            else:
+                qkv = _project_flat(block, x, "qkv") if qkv is None else qkv
+                q, k, v = qkv.chunk(3, dim=-1)
+            mixed = self._attend(block, q, k, v, state, self.ends if last else self.all)
+            x = _finish_in_place(block, x, mixed)
+        return self.tower.ln_final(x)[:, self.order]
+
+    def _end_rows(self, x: Tensor) -> Tensor:
+        """End-of-text rows by rank: ``[B,T,d] -> [B,C,d]``."""
+        parts = [x[:, self.starts[p] + low :][:, :n] for low, n, _, p in self.ends]
+        return torch.cat(parts, dim=1)
+
+    def _attend(self, block, q, k, v, state, plan) -> Tensor:
+        """``q [B or 1,Q,d]``, ``k, v [B or 1,T,d]``, prefix state ``[B,P,d]`` -> ``[B,Q,d]``."""
+        h = block.attn.num_heads
+        batch, n_prefix, d = state.shape
+        scale = 1 / math.sqrt(d // h)
+        slots = n_prefix + 1 + max(p for *_, p in plan)  # what a query can attend to
+        # All heads in one product: per head and slot a row with the numbers of that head, else 0.
+        # The slots of the suffix are left empty and filled in by the loop over pairs of positions.
+        k_prefix, v_prefix = _project_flat(block, state, "kv").unflatten(-1, (2, h, -1)).unbind(2)
+        keys, values = q.new_zeros(2, batch, h, slots, h, d // h)
+        keys.diagonal(dim1=1, dim2=3)[:, :n_prefix].copy_((k_prefix * scale).permute(0, 1, 3, 2))
+        values.diagonal(dim1=1, dim2=3)[:, :n_prefix].copy_(v_prefix.permute(0, 1, 3, 2))
+        keys, values = keys.view(batch, -1, d), values.view(batch, -1, d)
+        if len(q) == 1:
+            scores = (keys.flatten(0, 1) @ q[0].T).view(batch, h, slots, -1)
+        else:
+            scores = torch.bmm(keys, q.transpose(1, 2)).view(batch, h, slots, -1)
+        for start, n, low, p in plan:
+            here = scores[..., start : start + n]  # [B,h,slots,n]
+            here[:, :, n_prefix + p + 1 :] = float("-inf")
+            q_p = q[:, start : start + n] * scale
+            for j in range(p + 1):
+                k_j = k[:, self.starts[j] + low :][:, :n]
+                own = (q_p * k_j).unflatten(-1, (h, -1)).sum(dim=-1)
+                here[:, :, n_prefix + j] = own.transpose(1, 2)
+        weights = scores.softmax(dim=2)
+        mixed = torch.bmm(weights.flatten(1, 2).transpose(1, 2), values)
+        by_head = mixed.unflatten(-1, (h, -1))  # [B,Q,h,e]
+        for start, n, low, p in plan:
+            for j in range(p + 1):
+                v_j = v[:, self.starts[j] + low :][:, :n].unflatten(-1, (h, -1))
+                w_j = weights[:, :, n_prefix + j, start : start + n].transpose(1, 2)[..., None]
+                by_head[:, start : start + n].addcmul_(w_j, v_j)
+        return mixed
+
+
+def _finish_in_place(block: nn.Module, x: Tensor, mixed: Tensor) -> Tensor:
+    """:func:`_finish` with fewer passes over memory; ``x`` itself is left as it is."""
+    if not isinstance(block.ls_1, nn.Identity) or type(block.mlp.gelu).__name__ != "QuickGELU":
+        return _finish(block, x, mixed)
+    fc, out, a = block.mlp.c_fc, block.mlp.c_proj, QUICK_GELU
+    flat = (x + block.attn.out_proj.bias).flatten(0, 1)
+    flat.addmm_(mixed.flatten(0, 1), block.attn.out_proj.weight.T)
+    hidden = torch.addmm(fc.bias, block.ln_2(flat), fc.weight.T, beta=a, alpha=a)
+    flat.add_(out.bias).addmm_(F.silu(hidden, inplace=True), out.weight.T, alpha=1 / a)
+    return flat.view(x.shape)
+
+
+# --- the Jacobian --------------------------------------------------------------------------------
+
+
+def jacobian(tower: nn.Module, prefix: Tensor, suffixes: list[Tensor], order: Tensor) -> Tensor:
+    """Derivative of the end-of-text rows in the context, as a matrix per class.
+
+    Reverse mode in two parts that meet at the states of the prefix (what enters each block there):
+    the rows of each class in its own copy of the states, and the states in the prefix.
+
+    Args:
+        prefix: ``[1+M,d]``, the start token and the context, positions added.
+        suffixes: as in :func:`causal_tower`, with one batch entry.
+        order: ``[C]``, where each class stands in the groups of suffixes.
+    Returns:
+        ``[C,d,M*d]`` for end-of-text rows behind the last layer norm.
+    """
+    m, d = len(prefix) - 1, prefix.shape[1]
+    moving = prefix[1:].detach().clone().requires_grad_(True)
+    states = prefix_states(tower, torch.cat([prefix[:1], moving])[None])
+    by_state = [None]  # of the first state, which is the prefix: the identity
+    for state in states[1:]:
+        rows = state[0, 1:].flatten()
+        eye = torch.eye(m * d, dtype=prefix.dtype, device=prefix.device)
+        parts = [
+            torch.autograd.grad(rows, moving, e, is_grads_batched=True, retain_graph=True)[0]
+            for e in eye.split(256)
+        ]
+        by_state.append(torch.cat(parts).flatten(1))  # [M*d,M*d]
+    members = order.argsort()  # the classes in the order of the groups
+    out = prefix.new_empty(len(members), d, m * d)
+    start = 0
+    for x in suffixes:
+        _, c, s, _ = x.shape
+        own = [
+            state.detach()[:, 1:].expand(c, -1, -1).clone().requires_grad_(True) for state in states
+        ]
+        fixed = [state.detach()[:, :1].expand(c, -1, -1) for state in states]
+        full = [torch.cat(pair, dim=1) for pair in zip(fixed, own, strict=True)]
+        rows = suffix_rows(tower, full, [x.transpose(0, 1)])[:, 0]  # [c,d]
+        size = max(1, 2**22 // (c * (s + m) * 4 * d))  # rows at a time, for the cache
+        for k in range(0, d, size):
+            which = torch.arange(k, min(k + size, d), device=x.device)
+            seeds = F.one_hot(which, d).to(x.dtype)[:, None].expand(-1, c, -1)
+            grads = torch.autograd.grad(rows, own, seeds, is_grads_batched=True, retain_graph=True)
+            total = grads[0].flatten(2)  # [r,c,M*d]
+            for grad, matrix in zip(grads[1:], by_state[1:], strict=True):
+                total = total + grad.flatten(2) @ matrix
+            out[members[start : start + c, None], which] = total.transpose(0, 1)
+        start += c
+    return out
