@@ -99,7 +99,7 @@ class RunConfig:
     )
     selection_p_patch: float = _option(0.9, "fraction kept within each patch, in (0,1]")
     alpha_exponential_weightening: float = _option(1.0, "alpha of the loss patch_loss6")
-    exact: str = _option("fast", "fast (batched) or paper (77 tokens, one image at a time)")
+    exact: str = _option("fast", "fast; paper (77 tokens, image by image); tangent (approximates)")
     params: str = _option("", "what else the method takes, as lambda_q=4,lambda_y=0.2")
     descriptions: str = _option("", "file {class: [sentences]} of ra_tta; default: IconShift's")
     database: str = _option("", "image database of ra_tta: a folder of build-database, a file")
@@ -168,7 +168,7 @@ def validate(config: RunConfig) -> None:
         "profile": ["auto", *PROFILES],
         "augmix_ops": ["tpt", "torchvision"],
         "optimizer": ["adamw", "sgd"],
-        "exact": ["fast", "paper"],
+        "exact": ["fast", "paper", "tangent"],
         "class_token_position": ["end", "middle", "front"],
         "templates": ["", "single", "seven", "eighty"],
         "transport": ["entropic", "exact", "independent", "mean"],
@@ -617,6 +617,8 @@ def run(config: RunConfig | Mapping, progress: bool = True) -> Run:
     params = method_params(resolved, method)
     if "loss" in params:
         params["loss"] = make_loss(resolved, augmenter.groups)
+    if "n_images" in inspect.signature(method).parameters:
+        params["n_images"] = len(features.ids)  # of the whole run, so that resuming changes no bit
     with _bar(len(features.ids), done, resolved.method, progress) as bar:
         for fresh in _adapt_rest(path, features, done, method, params, prompts, clip):
             records += fresh
