@@ -25,6 +25,8 @@ Tuning the image encoder is not here: it needs pixels and a pass of the encoder 
 and these methods start from features.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -35,12 +37,22 @@ from tpt_nb.adapt import (
     _as_mask,
     _back,
     _check_tpt,
+    _first_step,
     _images_per_pass,
     _initial_logits,
+    _Start,
     _weight,
-    tpt,
+    _with_selection,
+    _worth_a_jacobian,
 )
-from tpt_nb.losses import entropy, marginal_entropy, select_confident
+from tpt_nb.losses import (
+    Loss,
+    entropy,
+    get_loss,
+    log_mean_prob,
+    marginal_entropy,
+    select_confident,
+)
 from tpt_nb.prompts import Prompts, TemplatePrompts
 
 TIE = 1e-3  # weight of the mean probability beside whole votes: it decides between equal counts
@@ -268,23 +280,21 @@ def tps(
 def tpt_confident(
     features: Tensor,
     prompts: Prompts,
-    loss: str = "marginal_entropy",
+    loss: str | Loss = "marginal_entropy",
     rho: float = 0.1,
     lr: float = 5e-3,
-    steps: int = 1,
-    optimizer: str = "adamw",
     n_images: int | None = None,
 ) -> Adapted:
     """TPT, but the prediction is the mean of the confident views under the tuned prompt.
 
-    What several course projects call TPT. ``logits`` are log mean probabilities.
+    What several course projects call TPT. One step; ``logits`` are log mean probabilities.
     """
-    options = {"steps": steps, "optimizer": optimizer} | _number(n_images)
-    tuned = tpt(features, prompts, loss, rho, lr, **options)
-    views = tuned.selected.float()
-    weights = views / views.sum(1, keepdim=True)
-    tuned.logits = _tuned_mixture(features, prompts, tuned.ctx, weights, probabilities=True)
-    return tuned
+
+    def predict(x: Tensor, text: Tensor, chosen: Tensor) -> Tensor:
+        kept = _take(x, chosen) @ text.transpose(1, 2)
+        return torch.vmap(log_mean_prob)(prompts.clip.logit_scale.to(x) * kept)
+
+    return _one_step(features, prompts, loss, rho, lr, predict, n_images=n_images)
 
 
 def rtpt(
@@ -305,17 +315,20 @@ def rtpt(
     other views, divided by ``temperature``. (The published code leaves out cosines >= 1 to leave
     out the view itself; whether it does then hangs on rounding. Here it goes by its place.)
     """
-    tuned = tpt(features, prompts, "mean_entropy", rho, lr, **_number(n_images))
-    cosines = features @ features.transpose(1, 2)
-    v = features.shape[1]
-    if v > 1:
-        itself = torch.eye(v, dtype=torch.bool, device=features.device)
-        near = cosines.masked_fill(itself, -torch.inf).topk(min(neighbours, v - 1)).values.mean(-1)
-    else:
-        near = cosines[..., 0]
-    weights = (near / temperature).softmax(-1)
-    tuned.logits = _tuned_mixture(features, prompts, tuned.ctx, weights, probabilities=False)
-    return tuned
+
+    def predict(x: Tensor, text: Tensor, chosen: Tensor) -> Tensor:
+        v = x.shape[1]
+        cosines = x @ x.transpose(1, 2)
+        if v > 1:
+            itself = torch.eye(v, dtype=torch.bool, device=x.device)
+            nearest = cosines.masked_fill(itself, -torch.inf).topk(min(neighbours, v - 1))
+            near = nearest.values.mean(-1)
+        else:
+            near = cosines[..., 0]
+        mixed = ((near / temperature).softmax(-1)[:, None] @ x)[:, 0]  # logits are linear in x
+        return prompts.clip.logit_scale.to(x) * (text @ mixed[..., None])[..., 0]
+
+    return _one_step(features, prompts, "mean_entropy", rho, lr, predict, n_images=n_images)
 
 
 def ctpt(
@@ -324,6 +337,7 @@ def ctpt(
     rho: float = 0.1,
     lr: float = 5e-3,
     dispersion: float = 20.0,
+    n_images: int | None = None,
 ) -> Adapted:
     """C-TPT: Yoon et al., "C-TPT: Calibrated Test-Time Prompt Tuning for Vision-Language Models
     via Text Feature Dispersion", 2024.
@@ -334,64 +348,58 @@ def ctpt(
 
     ``loss`` is the whole of it, at the initial prompt.
     """
-    _check_tpt(features, prompts, rho, lr, 1, "adamw", None)
-    weight = _weight(prompts)
-    initial = prompts.ctx.to(weight).clone().requires_grad_(True)
-    text = prompts.text_features(initial)
-    fixed = text.detach().requires_grad_(True)
-    spread = (fixed - fixed.mean(0)).norm(dim=-1).mean()
-    (g_spread,) = torch.autograd.grad(spread, fixed)
-    scale = prompts.clip.logit_scale.to(weight)
-    outs: list[tuple[Tensor, ...]] = []
-    for part in features.to(weight).split(_images_per_pass(prompts, 1)):
-        logits = (scale * part @ fixed.detach().T).requires_grad_(True)
-        chosen = select_confident(logits, rho)
-        each = torch.vmap(lambda z, i: marginal_entropy(z, rho, i))(logits, chosen)
-        (g_logits,) = torch.autograd.grad(each.sum(), logits)
-        g_text = scale * g_logits.transpose(1, 2) @ part - dispersion * g_spread
-        (g_ctx,) = torch.autograd.grad(
-            text, initial, g_text, is_grads_batched=True, retain_graph=True
-        )
-        ctx = initial.detach().expand_as(g_ctx).clone().requires_grad_(True)
-        ctx.grad = g_ctx
-        torch.optim.AdamW([ctx], lr=lr).step()
-        ctx = ctx.detach()
-        with torch.no_grad():
-            after = scale * torch.einsum("bd,bcd->bc", part[:, 0], prompts.text_features(ctx))
-        value = each.detach() - dispersion * spread.detach()
-        outs.append((after, logits[:, 0].detach(), value, _as_mask(chosen, part), ctx))
-    return Adapted(*_back(features, *(torch.cat(t) for t in zip(*outs, strict=True))))
+
+    def spread(text: Tensor) -> Tensor:
+        return -dispersion * (text - text.mean(0)).norm(dim=-1).mean()
+
+    def predict(x: Tensor, text: Tensor, chosen: Tensor) -> Tensor:
+        return prompts.clip.logit_scale.to(x) * (text @ x[:, 0, :, None])[..., 0]
+
+    return _one_step(
+        features, prompts, "marginal_entropy", rho, lr, predict, of_text=spread, n_images=n_images
+    )
 
 
-def _number(n_images: int | None) -> dict:
-    """How many images there are in all, for :func:`tpt` (see there), if it is known."""
-    return {} if n_images is None else {"n_images": n_images}
+def _one_step(
+    features: Tensor,
+    prompts: Prompts,
+    loss: str | Loss,
+    rho: float,
+    lr: float,
+    predict: Callable[[Tensor, Tensor, Tensor], Tensor],
+    of_text: Callable[[Tensor], Tensor] | None = None,
+    n_images: int | None = None,
+) -> Adapted:
+    """TPT's first step, with another prediction: the text tower runs once per image.
 
-
-@torch.no_grad()
-def _tuned_mixture(features, prompts, ctx, weights, probabilities: bool) -> Tensor:
-    """Each image's views under its own context, averaged with ``weights`` [B,V]: ``[B,C]``.
-
-    Averages probabilities (and returns their logarithm) or logits.
+    Args:
+        loss: of the logits of an image's views, as in :func:`tpt`.
+        predict: views [b,V,D], text features of each image's tuned context [b,C,D] and the chosen
+            views [b,k] to logits [b,C].
+        of_text: a second term of the loss, of the text features [C,D] alone: the same for all
+            images.
     """
+    _check_tpt(features, prompts, rho, lr, 1, "adamw", None)
+    loss_fn = _with_selection(get_loss(loss) if isinstance(loss, str) else loss)
+    start = _Start(prompts, _worth_a_jacobian(prompts, n_images or len(features)))
     weight = _weight(prompts)
     scale = prompts.clip.logit_scale.to(weight)
-    size = _images_per_pass(prompts, 1)
-    outs = []
-    for x, own, w in zip(
-        features.to(weight).split(size),
-        ctx.to(weight).split(size),
-        weights.to(weight).split(size),
-        strict=True,
-    ):
-        logits = scale * x @ prompts.text_features(own).transpose(1, 2)
-        if probabilities:
-            floor = torch.finfo(logits.dtype).min  # a weight of 0 leaves a view out
-            logs = logits.log_softmax(-1) + w.log().clamp_min(floor)[..., None]
-            outs.append(logs.logsumexp(1))
-        else:
-            outs.append(torch.einsum("bv,bvc->bc", w, logits))
-    return torch.cat(outs).to(features.device)
+    text = start.text.detach().requires_grad_(True)
+    extra = of_text(text) if of_text else text.sum() * 0
+    (g_extra,) = torch.autograd.grad(extra, text)
+    outs: list[tuple[Tensor, ...]] = []
+    for x in features.to(weight).split(_images_per_pass(prompts, 1)):
+        logits = (scale * x @ start.text.T).requires_grad_(True)
+        chosen = torch.vmap(lambda z: loss_fn.select(z, rho))(logits.detach())
+        each = torch.vmap(lambda z, i: loss_fn(z, rho, i))(logits, chosen)
+        (g_logits,) = torch.autograd.grad(each.sum(), logits)
+        g_ctx = start.pull_back(scale * g_logits.transpose(1, 2) @ x + g_extra)
+        ctx = _first_step(start.ctx.detach(), g_ctx, lr, "adamw").detach()
+        with torch.no_grad():
+            after = predict(x, prompts.text_features(ctx).to(x.dtype), chosen)
+        value = (each + extra).detach()
+        outs.append((after, logits[:, 0].detach(), value, _as_mask(chosen, x), ctx))
+    return Adapted(*_back(features, *(torch.cat(t) for t in zip(*outs, strict=True))))
 
 
 # --- helpers -------------------------------------------------------------------------------------

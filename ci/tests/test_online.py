@@ -33,10 +33,11 @@ def by_hand(features, prompts, order, boost=0, alpha=2.0, beta=5.0, rho=0.2):
         cache[pred] = sorted(cache[pred], key=lambda e: e[1])[:capacity]
 
     def read(cache, query, a, b, value):
-        total = torch.zeros(c, dtype=query.dtype)
+        total = torch.zeros(c, dtype=torch.float64)
         for cls, items in cache.items():
             for item in items:
-                total += a * math.exp(-b * (1 - float(query @ item[0]))) * value(cls, item)
+                weight = a * math.exp(-b * (1 - float(query @ item[0])))
+                total += weight * value(cls, item).double()
         return total
 
     def onehot(cls, item):
