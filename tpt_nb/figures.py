@@ -991,3 +991,75 @@ def calibration(
     if title:
         fig.suptitle(title, x=0.01, ha="left", fontsize=10)
     return fig
+
+
+def stacked(
+    labels: Sequence[str],
+    parts: dict[str, Sequence[float]],
+    label: str,
+    title: str = "",
+    number: str = ".3g",
+) -> Figure:
+    """Horizontal bars cut into parts, one bar per label, with the total behind each.
+
+    Args:
+        parts: name of the part -> one value per label, in the order in which they are laid.
+        label: of the value axis, with the unit.
+    """
+    fig, axis = plt.subplots(figsize=(WIDTH, 1.0 + 0.36 * len(labels)))
+    colours = ["#BBBBBB", COLOURS["sky"], COLOURS["blue"], COLOURS["orange"], COLOURS["vermilion"]]
+    hatches = ["", "....", "", "////", "xxxx"]
+    left = np.zeros(len(labels))
+    for i, (name, values) in enumerate(parts.items()):
+        style = {"color": colours[i % 5], "hatch": hatches[i % 5], "edgecolor": "white"}
+        axis.barh(labels, values, 0.62, left=left, label=name, linewidth=0, **style)
+        left = left + np.asarray(values, float)
+    for y, total in enumerate(left):
+        axis.annotate(
+            f"{total:{number}}", (total, y), (4, 0), va="center", textcoords="offset points"
+        )
+    axis.invert_yaxis()
+    axis.tick_params(axis="y", length=0)
+    axis.set_xlim(0, 1.1 * left.max())
+    axis.set_xlabel(label)
+    fig.legend(loc="outside lower center", ncols=len(parts))
+    axis.set_title(title)
+    return fig
+
+
+def waterfall(
+    steps: Sequence[tuple[str, float]], label: str, title: str = "", number: str = ".3g"
+) -> Figure:
+    """What is left after each step, on a logarithmic axis; the saving of a step is hatched.
+
+    Args:
+        steps: (name, value), the first the start, each other the value behind that step.
+        label: of the value axis, with the unit.
+    """
+    names, values = zip(*steps, strict=True)
+    fig, axis = plt.subplots(figsize=(WIDTH, 0.9 + 0.32 * len(steps)))
+    y = np.arange(len(steps))
+    saved = [0.0, *(max(0.0, a - b) for a, b in zip(values, values[1:], strict=False))]
+    axis.barh(y, values, 0.66, color=COLOURS["blue"], label="left")
+    axis.barh(
+        y, saved, 0.66, left=values, color="white", edgecolor=GREY, hatch="////", label="saved"
+    )
+    for at, (value, gone) in enumerate(zip(values, saved, strict=True)):
+        factor = f"   ({(value + gone) / value:.1f} times less)" if gone else ""
+        axis.annotate(
+            f"{value:{number}}{factor}",
+            (value + gone, at),
+            (4, 0),
+            va="center",
+            fontsize=8,
+            textcoords="offset points",
+        )
+    axis.set_xscale("log")
+    axis.set_xlim(min(values) / 3, 12 * max(values))
+    axis.set_yticks(y, names)
+    axis.tick_params(axis="y", length=0)
+    axis.invert_yaxis()
+    axis.set_xlabel(label)
+    fig.legend(loc="outside lower center", ncols=2)
+    axis.set_title(title)
+    return fig
