@@ -260,14 +260,16 @@ def _bubblewrap(config: dict, place: Path) -> list[str]:
     """The beginning of a command that goes on inside of bwrap."""
     argv = ["bwrap", "--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL"]
     argv += ["--uid", str(config["uid"]), "--gid", str(config["uid"])]
-    argv += ["--size", str(config["limits"]["scratch"]), "--tmpfs", "/", "--proc", "/proc"]
-    argv += ["--dev", "/dev", "--dir", "/tmp"]
+    argv += ["--proc", "/proc", "--dev", "/dev"]
+    argv += ["--size", str(config["limits"]["scratch"]), "--tmpfs", "/tmp"]
     for path in config["readable"]:
         if os.path.islink(path):
             argv += ["--symlink", os.readlink(path), path]
         else:
             argv += ["--ro-bind", path, path]
-    return [*argv, "--ro-bind", str(place / "input"), "/tmp/input", "--"]
+    argv += ["--ro-bind", str(place / "input"), "/tmp/input"]
+    here = os.path.abspath(__file__)
+    return [*argv, "--ro-bind", here, here, "--remount-ro", "/", "--"]
 
 
 # --- inside --------------------------------------------------------------------------------------
@@ -348,8 +350,10 @@ def _build_root(config: dict) -> None:
     """A root file system in memory with what may be read; the old one is gone afterwards."""
     root, uid = config["root"], config["uid"]
     _call("mount", None, "/", None, MS_REC | MS_PRIVATE, None)
-    size = f"size={config['limits']['scratch']},mode=755"
-    _call("mount", "tmpfs", root, "tmpfs", MS_NOSUID | MS_NODEV, size)
+    _call("mount", "tmpfs", root, "tmpfs", MS_NOSUID | MS_NODEV, "size=16m,mode=755")
+    os.mkdir(root + "/tmp")
+    size = f"size={config['limits']['scratch']},mode=1777"
+    _call("mount", "tmpfs", root + "/tmp", "tmpfs", MS_NOSUID | MS_NODEV, size)
     for path in config["readable"]:
         _bind(path, root + path)
     os.makedirs(root + "/dev", exist_ok=True)
@@ -359,8 +363,6 @@ def _build_root(config: dict) -> None:
         os.symlink(target, f"{root}/dev/{name}")
     os.makedirs(root + "/proc")
     _call("mount", "proc", root + "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, None)
-    os.makedirs(root + "/tmp", exist_ok=True)
-    os.chmod(root + "/tmp", 0o1777)
     shutil.copytree(config["input"], root + SCRATCH)
     for folder, _, names in os.walk(root + SCRATCH):
         for path in [folder, *(os.path.join(folder, name) for name in names)]:
@@ -373,6 +375,8 @@ def _build_root(config: dict) -> None:
     _call("syscall", PIVOT_ROOT[machine], ".", ".")
     _call("umount2", ".", MNT_DETACH)
     os.chdir("/")
+    flags = MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV
+    _call("mount", None, "/", None, flags, None)
 
 
 def _bind(source: str, target: str, flags: int = MS_RDONLY | MS_NOSUID | MS_NODEV) -> None:
