@@ -111,11 +111,11 @@ def run_reference(master: Master, seed: int, options: Options) -> Reference:
     solutions = {q: question.solution for q, question in master.questions.items()}
     for level in ("statements", "cells", "all"):
         runs, ended = execute(graft(master, solutions, level), seed, options)
-        failed = [f"cell {r['cell']}: {r['detail']}" for r in runs if r["outcome"] != "passed"]
-        if not failed and not ended:
+        failed = [run for run in runs if run["outcome"] != "passed"]
+        if not failed or ended or failed[-1]["outcome"] in FATAL:
             break
-    else:
-        why = ended or "; ".join(failed[:3])
+    if failed or ended:
+        why = ended or "; ".join(f"cell {run['cell']}: {run['detail']}" for run in failed[:3])
         raise Mistake(f"{master.name}: the reference solutions do not run: {why}")
     values = {run["cell"]: run["values"] for run in runs}
     for question in master.questions.values():
