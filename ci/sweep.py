@@ -9,10 +9,11 @@ others are compared image by image. A row may carry a ``label``, and numbers und
 that go into the table as they are; ``about`` says what the grid is and who reported them. Options
 on the command line override the file.
 
-Each row is a run in a process of its own, forked from one that has imported torch, so that a crash
-ends one row. A run that is finished is loaded, a killed one goes on. Rows with the same images,
-model and augmenter share their features through the cache: the first of them encodes, the others
-wait for it. Rows that fail are listed at the end; the exit code is then 1.
+Each row is a run in a process of its own, so that a crash ends one row. It is forked from one that
+has imported torch and, on the CPU, made what rows with the same prompts share. A run that is
+finished is loaded, a killed one goes on. Rows with the same images, model and augmenter share their
+features through the cache: the first of them encodes, the others wait for it. Rows that fail are
+listed at the end; the exit code is then 1.
 
 ``DIR`` (runs/<name of the grid> by default) gets the runs, a log per row, ``table.csv`` and
 ``table.md``. ``--save STEM`` writes a table to be committed too, ``STEM.csv`` and ``STEM.md``: what
@@ -133,11 +134,18 @@ def prepare(rows: Sequence[Row], out: Path) -> None:
 # --- running -------------------------------------------------------------------------------------
 
 
-def start_server() -> None:
-    """Start the process that rows are forked from; it imports while this one reads the grid."""
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [REPO, os.environ.get("PYTHONPATH")]))
+def start_server(rows: Sequence[Row], out: Path) -> None:
+    """Start the process that rows are forked from.
+
+    While this one reads the grid it imports, and makes what the rows share (``sweep_warm.py``).
+    """
+    paths = [REPO, str(Path(__file__).parent), os.environ.get("PYTHONPATH")]
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+    # to count GPUs must not initialise CUDA: a forked process could not use it then
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    os.environ["TPT_NB_SWEEP"] = json.dumps([{**row.values, "out": str(out)} for row in rows])
     if os.name == "posix":
-        multiprocessing.set_forkserver_preload(PRELOAD)
+        multiprocessing.set_forkserver_preload([*PRELOAD, "sweep_warm"])
         multiprocessing.forkserver.ensure_running()
 
 
@@ -411,7 +419,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"python ci/sweep.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    start_server()
+    start_server(rows, out)
     prepare(rows, out)
     try:
         run_rows(rows, out, max(1, jobs or default_jobs()))

@@ -579,15 +579,10 @@ def run(config: RunConfig | Mapping, progress: bool = True) -> Run:
         return finished
 
     from tpt_nb import adapt
-    from tpt_nb import clip as clips
     from tpt_nb.encode import encode
     from tpt_nb.views import AUGMENTERS, make_augmenter
 
-    try:
-        clip = clips.load(resolved.model, device=resolved.device)
-    except RuntimeError as error:  # weights that cannot be fetched
-        raise ValueError(str(error)) from error
-    prompts = make_prompts(resolved, clip, dataset.classnames)
+    clip, prompts = model_and_prompts(resolved, dataset.classnames)
     known = AUGMENTERS[resolved.augmenter].__dataclass_fields__
     params = {name: getattr(resolved, name) for name in known if hasattr(resolved, name)}
     augmenter = make_augmenter(resolved.augmenter, size=clip.image_size, **params)
@@ -675,6 +670,31 @@ def load_run(path: str | Path) -> Run:
             raise ValueError(f"{folder} has no records yet: start the run again to go on with it.")
         run_ = Run(folder, config, records, summarize(records))
     return run_
+
+
+_last: dict[str, tuple] = {}  # model and prompts of the last run
+
+
+def model_and_prompts(config: RunConfig, classnames: list[str]):
+    """The model and the prompts of a (filled-in) configuration.
+
+    Those of the last run if it had the same: what depends on nothing else (the Jacobian of the text
+    tower) is then made once for many runs. Local weights are the same if their content is.
+    """
+    from tpt_nb import clip as clips
+
+    names = ["model", "device", "ctx_init", "n_ctx", "coop", "class_token_position", "csc"]
+    names += ["templates", "seed"]
+    values = identity(config) | {"device": config.device}
+    key = json.dumps([[values[name] for name in names], list(classnames)])
+    if key not in _last:
+        _last.clear()  # first, so that there are never two models in memory
+        try:
+            clip = clips.load(config.model, device=config.device)
+        except RuntimeError as error:  # weights that cannot be fetched
+            raise ValueError(str(error)) from error
+        _last[key] = clip, make_prompts(config, clip, classnames)
+    return _last[key]
 
 
 def make_prompts(config: RunConfig, clip, classnames: list[str]):

@@ -1,6 +1,7 @@
 """ci/sweep.py: grids, one table, features encoded once, failures that stop nothing, kills."""
 
 import csv
+import dataclasses
 import json
 import os
 import signal
@@ -16,7 +17,7 @@ from test_experiment import world  # noqa: F401 (a fixture)
 
 from tpt_nb import clip as clips
 from tpt_nb import metrics
-from tpt_nb.experiment import RunConfig, load_run, validate
+from tpt_nb.experiment import RunConfig, load_run, run, validate
 from tpt_nb.paths import DATA
 
 REPO = Path(__file__).resolve().parents[2]
@@ -27,6 +28,7 @@ ROWS = [
     {"label": "prompt", "method": "zero_shot", "reported": 12.5},
     {"label": "TPT"},
     {"label": "wrong", "loss": "patch_los1"},
+    {"label": "steps", "tta_steps": 2},
     {"label": "grid", "augmenter": "patch", "n_aug": 2, "n_patches": 4,
      "overlap": [0.0, 0.4], "loss": ["defaultTPT", "patch_loss2_study"]},
     {"label": "no such file", "model": "/nowhere/model.pt"},
@@ -48,7 +50,7 @@ def test_a_sweep(grid, capsys):
     command = [str(grid), "--reduced_size", "12", "--json", "--jobs", "2"]
     assert sweep.main(command) == 1  # two rows cannot work
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    labels = ["prompt", "TPT", *(f"grid overlap={o} loss={loss}" for o in (0.0, 0.4)
+    labels = ["prompt", "TPT", "steps", *(f"grid overlap={o} loss={loss}" for o in (0.0, 0.4)
               for loss in ("defaultTPT", "patch_loss2_study"))]  # fmt: skip
     assert [row["label"] for row in result["rows"]] == labels
     assert {f["label"] for f in result["failed"]} == {"wrong", "no such file"}
@@ -66,12 +68,18 @@ def test_a_sweep(grid, capsys):
         assert [row["ci_low"], row["ci_high"]] == paired["accuracy_b_ci95"]
     assert result["rows"][0]["reported"] == 12.5 and result["rows"][1]["reported"] is None
     # each of the four sets of views was encoded by one row
-    assert sorted(done.summary["encoded"] for done in runs.values()) == [0, 0] + [
+    assert sorted(done.summary["encoded"] for done in runs.values()) == [0, 0, 0] + [
         done.summary["n"] for done in list(runs.values())[:4]
     ]
 
+    # a row forked from the process that made what they share is the run that it would be alone
+    alone = dataclasses.replace(runs["steps"].config, out="alone")
+    assert [x["pred_after"] for x in run(alone).records] == [
+        x["pred_after"] for x in runs["steps"].records
+    ]
+
     text = Path("runs/small/table.md").read_text()
-    assert text.count("\n| ") == 7 and "- wrong: unknown loss" in text
+    assert text.count("\n| ") == 8 and "- wrong: unknown loss" in text
     with open("runs/small/table.csv") as file:
         table = list(csv.DictReader(file))
     assert [row["label"] for row in table] == labels
@@ -94,7 +102,7 @@ def test_a_sweep(grid, capsys):
     assert "rows failed" in captured.err and not Path("kept").exists()
 
     # a table to keep says what was measured on what, and not when or how fast
-    about = {"about": "six  rows", "rows": [ROWS[0], ROWS[1], ROWS[3]]}
+    about = {"about": "six  rows", "rows": [ROWS[0], ROWS[1], ROWS[3], ROWS[4]]}
     text = yaml.safe_dump({**yaml.safe_load(grid.read_text()), **about}, sort_keys=False)
     grid.write_text(text)
     assert sweep.main([*command[:3], "--save", "kept/small"]) == 0
