@@ -375,6 +375,11 @@ class _Inert:
         pass
 
 
+def _plain_dict(*args) -> dict:
+    """Stands for ``defaultdict``, which holds an optimiser's state and must take entries."""
+    return {}
+
+
 def load_coop(path: str | Path, M: int, d: int, n_classes: int | None = None) -> Tensor:
     """The context of a CoOp checkpoint, float32 on the CPU.
 
@@ -393,7 +398,9 @@ def load_coop(path: str | Path, M: int, d: int, n_classes: int | None = None) ->
         raise FileNotFoundError(f"there is no CoOp checkpoint at {path}.")
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        with torch.serialization.safe_globals([(_Inert, name) for name in names]):
+        stand_ins = {"collections.defaultdict": _plain_dict}
+        allowed = [(stand_ins.get(name, _Inert), name) for name in names]
+        with torch.serialization.safe_globals(allowed):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(

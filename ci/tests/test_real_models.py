@@ -66,11 +66,10 @@ def save_archive(openai, name: str, path: Path) -> dict:
         model.register_buffer(key, torch.tensor(value))
     model.register_buffer("input_resolution", torch.tensor(pixels))
     model.eval()
-    archive = torch.jit.trace(Holder(model), torch.zeros(1), check_trace=False)
-    archive = archive.model  # the weights under OpenAI's names
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
-        torch.jit.save(archive, path)
+        traced = torch.jit.trace(Holder(model), torch.zeros(1), check_trace=False)
+        torch.jit.save(traced.model, path)  # the weights under OpenAI's names
     return model.state_dict()
 
 
@@ -181,37 +180,54 @@ def imagenet_a(tmp_path_factory) -> Path:
     return root
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    """Features of the 20 images, computed once for all runs."""
+    return tmp_path_factory.mktemp("cache")
+
+
 def evaluate(archive, root, tmp_path, *options) -> list[str]:
     paths = ["--root", str(root), "--model", str(archive[0]), "--out", str(tmp_path / "runs")]
-    names = ["--dataset", "imagenet-a", "--cache", str(tmp_path / "cache"), "--device", "cpu"]
-    return ["evaluate", *names, *paths, *options, "--json"]
+    usual = ["--dataset", "imagenet-a", "--device", "cpu", "--workers", "0", "--n_aug", "1"]
+    return ["evaluate", *usual, *paths, *options, "--json"]
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--method", "confident_view"),
+        ("--method", "tpt", "--reduced_size", "2"),
+        pytest.param(("--method", "tpt"), marks=pytest.mark.slow),
+    ],
+)
 def test_evaluate_imagenet_a_with_full_size_rn50(
-    archive, imagenet_a, tmp_path, capsys, monkeypatch
+    archive, imagenet_a, cache, tmp_path, capsys, monkeypatch, options
 ):
     monkeypatch.setenv("TQDM_DISABLE", "1")
     monkeypatch.setattr(experiment, "_said", set())
-    options = ("--method", "tpt", "--n_aug", "3", "--selection_p_all", "0.5", "--workers", "0")
-    assert cli.main(evaluate(archive, imagenet_a, tmp_path, *options)) == 0
+    command = evaluate(
+        archive, imagenet_a, tmp_path, "--cache", str(cache), "--selection_p_all", "1", *options
+    )
+    assert cli.main(command) == 0
     out = capsys.readouterr().out
     result = json.loads(out.splitlines()[-1])
-    assert result["n"] == 20 and result["failed"] == 0 and result["dataset"] == "imagenet-a"
+    n = 2 if "--reduced_size" in options else 20
+    assert result["n"] == n and result["failed"] == 0 and result["dataset"] == "imagenet-a"
     assert "profile full: data set and model are named" in out
     assert "20 images of 20 classes are here; the whole set has 7,500 images of 200" in out
     (folder,) = (tmp_path / "runs").iterdir()
     config = json.loads((folder / "config.json").read_text())
     assert len(config["classnames"]) == 200 and config["config"]["learning_rate"] == 0.005
     records = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
-    assert [r["target"] for r in records] == list(range(0, 200, 10))
+    assert {r["target"] for r in records} <= set(range(0, 200, 10)) and len(records) == n
     assert all(0 <= r["pred_after"] < 200 and math.isfinite(r["loss"]) for r in records)
 
-    # stopped after eleven images it goes on with the twelfth, and to the same records
+    # stopped in the middle of a record it goes on with that one, and to the same records
     lines = (folder / "records.jsonl").read_bytes().splitlines(keepends=True)
-    (folder / "records.jsonl").write_bytes(b"".join(lines[:11]) + lines[11][:40])
+    (folder / "records.jsonl").write_bytes(b"".join(lines[: n // 2]) + lines[n // 2][:40])
     (folder / "summary.json").unlink()
-    assert cli.main(evaluate(archive, imagenet_a, tmp_path, *options)) == 0
-    assert "resumed at 11 of 20 images" in capsys.readouterr().out
+    assert cli.main(command) == 0
+    assert f"resumed at {n // 2} of {n} images" in capsys.readouterr().out
     assert (folder / "records.jsonl").read_bytes() == b"".join(lines)
 
 
@@ -373,7 +389,8 @@ def test_what_leaves_the_range_of_float16_is_computed_again(monkeypatch):
     clip = wrapped(Encoder(largest=1e6))
     features = clip.encode_views(VIEWS)
     assert [dtype for _, dtype in clip.model.passes] == chosen
-    close(features, wrapped(Encoder()).encode_views(VIEWS).bfloat16().float(), "bf16 features")
+    expected = wrapped(Encoder()).encode_views(VIEWS)
+    torch.testing.assert_close(features, expected, atol=0, rtol=2**-7)  # 8 bits
 
 
 def test_the_cpu_computes_as_the_weights_are():
