@@ -63,7 +63,7 @@ def load(name: str, device: str) -> tclip.Clip:
 
 
 def class_names(which: str) -> list[str]:
-    """``imagenet-a``, ``imagenet-r``, ``iconshift`` (200 each), ``imagenet`` (1000), or a number."""
+    """Of imagenet-a, imagenet-r, iconshift (200 each), imagenet (1000), or so many of ImageNet."""
     if which == "iconshift":
         return iconshift.classnames()
     known = {"imagenet-a": "a", "imagenet-r": "r", "imagenet": ""}
