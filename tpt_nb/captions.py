@@ -82,6 +82,16 @@ def known_share(clip: Clip, texts: Sequence[str]) -> float:
     return float(known[ids].float().mean()) if len(ids) else 1.0
 
 
+def known_words(clip: Clip, texts: Sequence[str]) -> list[str]:
+    """The texts without the words that have a token of which the model knows nothing."""
+    words = sorted({word for text in texts for word in text.split()})
+    known = (text_tower(clip.model).token_embedding.weight != 0).any(dim=1).cpu()
+    with quiet_tokens():
+        rows = clip.tokenizer(words) if words else []
+    kept = {w for w, row in zip(words, rows, strict=True) if known[row[1 : row.argmax()]].all()}
+    return [" ".join(word for word in text.split() if word in kept) for text in texts]
+
+
 # --- prompts -------------------------------------------------------------------------------------
 
 

@@ -243,6 +243,8 @@ def test_known_share_and_silence(mini):
         warnings.simplefilter("error")
         assert captions.known_share(half, ["cat dog", "dog dog"]) == 0.75
         assert captions.known_share(mini, ["cat dog"]) == 1.0
+        assert captions.known_words(half, ["a cat on a dog.", "cat"]) == ["a on a dog.", ""]
+        assert captions.known_words(mini, ["a  cat", ""]) == ["a cat", ""]
     half.tokenizer = clips._checked_tokenizer(SimpleTokenizer(), "half", seen)
     with pytest.warns(UserWarning, match="was not in the training captions"):
         half.tokenizer(["cat"])
