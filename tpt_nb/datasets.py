@@ -103,6 +103,11 @@ def known() -> list[str]:
     return [*ICONSHIFT, "folder", *BENCHMARKS]
 
 
+def template(name: str) -> str:
+    """The sentence that CoOp (RA-TTA, where CoOp has none) uses for a data set."""
+    return BENCHMARKS[name].template if name in BENCHMARKS else "a photo of a {}."
+
+
 def load(
     name: str,
     n: int | None = None,

@@ -80,7 +80,7 @@ class RunConfig:
     coop: str = _option("", "CoOp checkpoint to start from: a file, or mini for the embedded one")
     class_token_position: str = _option("end", "of the class name: end, middle or front")
     csc: bool = _option(False, "class-specific context: a context for each class")
-    templates: str = _option("", "single, seven or eighty: sentences instead of a context")
+    templates: str = _option("", "single, seven, eighty or dataset: sentences, no context")
     augmenter: str = _option("random", "how views are made: random (crops, as in TPT), patch")
     n_aug: int = _option(63, "augmented views of an image (and of each patch)")
     n_patches: int = _option(0, "patches of an image (patch): the largest square up to this")
@@ -170,7 +170,7 @@ def validate(config: RunConfig) -> None:
         "optimizer": ["adamw", "sgd"],
         "exact": ["fast", "paper", "tangent"],
         "class_token_position": ["end", "middle", "front"],
-        "templates": ["", "single", "seven", "eighty"],
+        "templates": ["", "single", "seven", "eighty", "dataset"],
         "transport": ["entropic", "exact", "independent", "mean"],
         "captioner": ["auto", "clip", "vit-gpt2"],
     }
@@ -684,7 +684,7 @@ def model_and_prompts(config: RunConfig, classnames: list[str]):
     from tpt_nb import clip as clips
 
     names = ["model", "device", "ctx_init", "n_ctx", "coop", "class_token_position", "csc"]
-    names += ["templates", "seed"]
+    names += ["templates", "seed", *(["dataset"] if config.templates == "dataset" else [])]
     values = identity(config) | {"device": config.device}
     key = json.dumps([[values[name] for name in names], list(classnames)])
     if key not in _last:
@@ -701,6 +701,10 @@ def make_prompts(config: RunConfig, clip, classnames: list[str]):
     """The prompts of a (filled-in) configuration: CoOp's, words, random vectors, or an ensemble."""
     from tpt_nb.prompts import Prompts, TemplatePrompts
 
+    if config.templates == "dataset":  # the sentence that CoOp has for it
+        from tpt_nb.datasets import template
+
+        return TemplatePrompts(clip, classnames, [template(config.dataset)])
     if config.templates:
         return TemplatePrompts(clip, classnames, config.templates)
     return Prompts(

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import open_clip
 import pytest
+import torch
 from PIL import Image
 
 from tpt_nb import benchmarks, datasets
@@ -465,3 +466,17 @@ def test_order_check_lets_other_wordings_pass():
     benchmarks.check_order("toy", known, ["Cat", "hound", "tabby_cat", "kitten"])
     with pytest.raises(ValueError, match="label 1 is 'dog', but the list has 'cat'"):
         benchmarks.check_order("toy", known, ["dog", "cat", "tabby cat", "cat"])
+
+
+def test_templates_of_the_data_sets(mini):
+    from tpt_nb.experiment import RunConfig, make_prompts
+    from tpt_nb.prompts import template_features
+
+    assert datasets.template("dtd") == "{} texture."
+    assert datasets.template("imagenet-a") == datasets.template("folder") == "a photo of a {}."
+    assert all(b.template.count("{}") == 1 for b in BENCHMARKS.values())
+    prompts = make_prompts(
+        RunConfig(dataset="dtd", templates="dataset"), mini, ["banded", "dotted"]
+    )
+    expected = template_features(mini, ["banded", "dotted"], ["{} texture."])
+    assert torch.equal(prompts.text_features(), expected)
