@@ -172,19 +172,13 @@ def test_evaluation_agrees_with_the_shipped_weights(mini):
     assert abs(accuracy - stored) < 0.085  # three standard errors at n=300
 
 
-# strict: the day the mark is reached, this must be taken out
-not_reached = pytest.mark.xfail(
-    strict=True, reason="not reached by the shipped run of 2,400 steps; see the model card"
-)
-
-
 @pytest.mark.parametrize(
     "variant, low, high",
     [
         ("iconshift", 0.85, 1.0),
-        pytest.param("iconshift-a", 0.15, 0.45, marks=not_reached),
-        pytest.param("iconshift-r", 0.35, 0.70, marks=not_reached),
-        pytest.param("iconshift-sketch", 0.12, 1.0, marks=not_reached),
+        ("iconshift-a", 0.15, 0.45),
+        ("iconshift-r", 0.35, 0.70),
+        ("iconshift-sketch", 0.12, 1.0),
     ],
 )
 def test_zero_shot_marks(variant, low, high):
