@@ -42,7 +42,7 @@ SUITE = [
     ("iconshift-v2", "outline", 2, 200),
 ]
 GRID = {
-    "contrast": (0.0, 0.15, 0.3, 0.5, 0.7),
+    "contrast": (0.0, 0.2, 0.3, 0.4, 0.5, 0.7),
     "temperature": (1.0, 1.5, 2.0, 3.0),
     "image": (0.0, 2.0, 4.0, 8.0, 16.0),
 }
@@ -105,10 +105,15 @@ ATTEMPTS = {
     ),
     "squares of probabilities": lambda z, f: z.softmax(-1).square().sum(1),
     "cubes of softened probabilities": lambda z, f: (z / 2).softmax(-1).pow(3).sum(1),
+    "vote, 6, with contrast": lambda z, f: vote(z - 0.4 * z.mean(1, keepdim=True), 6),
     "squares, softened": lambda z, f: contrast_vote(z, 0.0, 2.0, 0.0),
-    "  + image": lambda z, f: contrast_vote(z, 0.0, 2.0, 8.0),
-    "  + contrast": lambda z, f: contrast_vote(z, 0.3, 2.0, 0.0),
-    "  + both": lambda z, f: contrast_vote(z, 0.3, 2.0, 8.0),
+    "  + image": lambda z, f: contrast_vote(z, 0.0, 2.0, 2.0),
+    "  + contrast": lambda z, f: contrast_vote(z, 0.4, 2.0, 0.0),
+    "  + both (contrast_vote)": lambda z, f: contrast_vote(z, 0.4, 2.0, 2.0),
+    "  + both, cubes": lambda z, f: (
+        ((z - 0.4 * z.mean(1, keepdim=True)) / 2).softmax(-1).pow(3).sum(1)
+        + 2 * (z[:, 0] / 2).softmax(-1).pow(3)
+    ),
     "best view by the label (no method)": None,
 }
 

@@ -183,12 +183,15 @@ def collect(args, say) -> dict:
         whole = len(datasets.load(variant, root=args.root))
         data = datasets.load(variant, n=min(args.n or whole, whole), root=args.root)
         for seed in range(args.seeds):
-            key = about | {"variant": variant, "data": data.fingerprint, "n": len(data),
+            key = {k: v for k, v in about.items() if k != "lr"}
+            key |= {"variant": variant, "data": data.fingerprint, "n": len(data),
                            "seed": seed}  # fmt: skip
             features = None
             results = raw.setdefault(variant, {})[seed] = {}
             for row in rows:
-                name = json.dumps(key | {"row": row.label}, sort_keys=True)
+                takes = inspect.signature(adapt.METHODS[row.method]).parameters
+                own = {"row": row.label} | ({"lr": lr} if "lr" in takes else {})
+                name = json.dumps(key | own, sort_keys=True)
                 digest = hashlib.sha256(name.encode()).hexdigest()[:16]
                 path = args.out / f"{variant}-{seed}-{digest}.json"
                 if path.is_file():

@@ -36,6 +36,7 @@ from tpt_nb.adapt import (
     Adapted,
     _as_mask,
     _back,
+    _check_features,
     _check_tpt,
     _first_step,
     _images_per_pass,
@@ -134,9 +135,9 @@ def zero_fp16(features: Tensor, prompts: Prompts | TemplatePrompts, rho: float =
 def contrast_vote(
     features: Tensor,
     prompts: Prompts | TemplatePrompts,
-    contrast: float = 0.3,
+    contrast: float = 0.4,
     temperature: float = 2.0,
-    image: float = 8.0,
+    image: float = 2.0,
 ) -> Adapted:
     """Our own: every view votes, against what all views say, and the whole image votes too.
 
@@ -157,13 +158,17 @@ def contrast_vote(
     """
     if not temperature > 0 or image < 0:
         raise ValueError(f"temperature must be > 0 and image >= 0; got {temperature} and {image}.")
-    logits = _initial_logits(features, prompts)
-    contrasted = logits - contrast * logits.mean(1, keepdim=True)
-    score = (contrasted / temperature).softmax(-1).square().sum(1)
-    score = score + image * (logits[:, 0] / temperature).softmax(-1).square()
+    _check_features(features, prompts)
+    x, text = features.to(_weight(prompts)), prompts.text_features()
+    scale = prompts.clip.logit_scale.to(x)
+    # logits are linear in the features, so the contrast is taken there, where it is cheaper
+    against = x - contrast * x.mean(1, keepdim=True)
+    score = (scale / temperature * against @ text.T).softmax(-1).square_().sum(1)
+    before = scale * x[:, 0] @ text.T
+    score += image * (before / temperature).softmax(-1).square_()
     out = (score / score.sum(-1, keepdim=True)).clamp_min(torch.finfo(score.dtype).tiny).log()
-    mask = torch.ones(logits.shape[:2], dtype=torch.bool)
-    return Adapted(*_back(features, out, logits[:, 0], entropy(out), mask))
+    mask = torch.ones(x.shape[:2], dtype=torch.bool)
+    return Adapted(*_back(features, out, before, entropy(out), mask))
 
 
 # --- the mode of the views -----------------------------------------------------------------------
