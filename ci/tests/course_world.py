@@ -339,7 +339,11 @@ return [0] * k"""
             ("failed", "failed", "failed"),
             0,
         ),
-        "forges_the_report": (hostile(2, report), ("passed", "failed", "passed"), 3),
+        "forges_the_report": (
+            hostile(2, report),  # it also writes into the kernel's own sockets
+            ("passed", ("failed", "error", "died", "time-out"), "passed"),
+            3,
+        ),
         "formula": (
             hostile(2, "raise Exception('=cmd|calc')"),
             wrong_2,

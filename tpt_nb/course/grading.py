@@ -28,6 +28,7 @@ from tpt_nb.paths import DATA, REPO
 
 PACKAGE = Path(check.__file__).resolve().parent
 OUTCOMES = ("passed", "skipped", "error", "time-out", "died", "flood")
+MISSING = "no value"
 FATAL = ("time-out", "died", "flood")  # ends of a cell after which there is no kernel
 
 
@@ -148,7 +149,7 @@ class Row:
 def differs(got: object, expected: dict) -> str:
     """How a value differs from the reference's, or nothing. ``got`` may be anything."""
     if not isinstance(got, dict) or got.get("what") != expected["what"]:
-        return "no value"
+        return MISSING
     if "json" in expected:
         return "" if "json" in got and got["json"] == expected["json"] else "not what it should be"
     shape = expected["shape"]
@@ -188,7 +189,7 @@ def score(question: Question, runs: list[dict], reference: Reference) -> Row:
         for i, value in enumerate(expected):
             problem = differs(got[i] if i < len(got) else None, value)
             passed += not problem
-            if problem:
+            if problem and not (failed and problem == MISSING):
                 reasons.append(f"{value['what']}: {problem}")
     points = round(question.points * passed / total, 2)
     status = "passed" if passed == total else "partial" if passed else "failed"

@@ -2,13 +2,14 @@
 
 It runs in the sandbox, next to code that nobody trusts, so nothing here decides anything: it sends
 on what the cells handed over with ``tpt_nb.check.report``, and ``course.grading`` compares that
-outside. It also mends three habits of nbval that cost time: a kernel that died is
+outside. It also mends habits of nbval that cost time: a kernel that died is
 noticed at once and not after the cell's time limit, output without end is cut off, and after a cell
 that did not end nothing more is run.
 """
 
 import json
 import os
+import threading
 import time
 from collections import deque
 from queue import Empty
@@ -19,6 +20,7 @@ from nbval.kernel import RunningKernel
 from tpt_nb.check import MIME
 from tpt_nb.course.sandbox import PR_SET_DUMPABLE, REPORT, prctl
 
+PATIENCE = 15  # seconds that nbval may need beyond the time limit of a cell
 OUTPUT = 10 << 20  # bytes of output of one cell, more ends the run
 FATAL = ("time-out", "died", "flood")  # after these there is no kernel to go on with
 
@@ -96,11 +98,22 @@ def send(**event: object) -> None:
     os.write(int(os.environ[REPORT]), json.dumps(event).encode() + b"\n")
 
 
+def give_up(cell: str, limit: float) -> None:
+    """End all: an answer that writes into the kernel's sockets can make nbval wait forever."""
+    detail = f"not finished within {limit:g} s"
+    send(cell=cell, event="end", outcome="time-out", detail=detail, values=[])
+    os._exit(1)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item):
     """Run a cell, and say when it starts and how it ends."""
     cell = item.cell.get("id", "")
     send(cell=cell, event="start")
+    limit = item.config.option.nbval_cell_timeout
+    watch = threading.Timer(limit + PATIENCE, give_up, (cell, limit))
+    watch.daemon = True
+    watch.start()
     outcome, detail = "passed", ""
     try:
         return (yield)
@@ -116,10 +129,10 @@ def pytest_runtest_call(item: pytest.Item):
     except Exception:
         outcome, detail = "error", _error(item)
         if item.parent.timed_out:
-            limit = item.config.option.nbval_cell_timeout
             outcome, detail = "time-out", f"not finished within {limit:g} s"
         raise
     finally:
+        watch.cancel()
         send(cell=cell, event="end", outcome=outcome, detail=detail, values=_values(item))
         if outcome in FATAL:
             item.session.shouldstop = outcome
