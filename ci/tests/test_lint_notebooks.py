@@ -224,6 +224,16 @@ def test_minutes_are_read_in_words_and_figures(text, minutes):
     assert lint_notebooks.minutes_to_run(text) == minutes
 
 
+def test_a_notebook_that_was_not_executed_is_one_line(folder):
+    notebook = good()
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.execution_count = None
+    assert lint(notebook, folder) == [
+        "cell 2: execution count None, not 1, and 6 more: run bash ci/run --in-place"
+    ]
+
+
 def test_the_command_names_the_notebook_and_fails(folder, capsys):
     path = folder / "91_lesson.ipynb"
     notebook = good()
