@@ -94,6 +94,7 @@ def tpt(
     exact: str = "fast",
     batch: int | None = None,
     n_images: int | None = None,
+    cache: str | Path | None = None,
 ) -> Adapted:
     """Test-time prompt tuning: for each image, ``steps`` on its own copy of the context.
 
@@ -114,6 +115,7 @@ def tpt(
         n_images: how many images there are in all, if this is one of several calls; None: these.
             The more, the sooner the Jacobian is worth its price. No result depends on it beyond
             rounding.
+        cache: folder in which a Jacobian is kept, so that the next run need not make it again.
     Returns:
         ``loss`` is the value at the initial prompt.
     Raises:
@@ -128,12 +130,14 @@ def tpt(
         chunks = [_tpt_paper(one, prompts, loss_fn, rho, lr, steps, optimizer) for one in features]
     else:
         by_matrix = exact == "tangent" or _worth_a_jacobian(prompts, n_images or len(features))
-        start = _Start(prompts, by_matrix)
+        start = _Start(prompts, by_matrix, cache)
         text_of = start.tangent if exact == "tangent" else prompts.text_features
         size = batch or _images_per_pass(prompts, steps)
+        # a product with the matrix reads all of it: for more images than fit the pass behind it
+        group = max(size, 32) if by_matrix and steps == 1 and batch is None else size
         chunks = [
-            _tpt_fast(chunk, prompts, start, text_of, loss_fn, rho, lr, steps, optimizer)
-            for chunk in features.split(size)
+            _tpt_fast(chunk, prompts, start, text_of, loss_fn, rho, lr, steps, optimizer, size)
+            for chunk in features.split(group)
         ]
     return Adapted(*(torch.cat(parts) for parts in zip(*chunks, strict=True)))
 
@@ -168,10 +172,10 @@ class _Start:
     ``[C*d,M*d]`` of these rows; gradients are one product with it. Else: the graph of one pass.
     """
 
-    def __init__(self, prompts: Prompts, by_matrix: bool) -> None:
+    def __init__(self, prompts: Prompts, by_matrix: bool, cache: str | Path | None = None) -> None:
         self.ctx = prompts.ctx.to(_weight(prompts)).clone()
         self.tower = text_tower(prompts.clip.model)
-        self.jacobian = prompts.jacobian().flatten(0, 1) if by_matrix else None
+        self.jacobian = prompts.jacobian(cache).flatten(0, 1) if by_matrix else None
         if by_matrix:
             with torch.no_grad():
                 self.rows = prompts.rows(self.ctx[None])[0]  # [C,d]
@@ -201,9 +205,9 @@ class _Start:
 
 
 def _tpt_fast(
-    features, prompts, start, text_of, loss_fn, rho, lr, steps, optimizer
+    features, prompts, start, text_of, loss_fn, rho, lr, steps, optimizer, size
 ) -> tuple[Tensor, ...]:
-    """A chunk of images ``[b,V,D]``; ``start`` is shared by all chunks."""
+    """A chunk of images ``[b,V,D]``, ``size`` at a time through the text tower."""
     x = features.to(_weight(prompts))
     scale = prompts.clip.logit_scale.to(x)
     logits = (scale * x @ start.text.T).requires_grad_(True)
@@ -224,9 +228,12 @@ def _tpt_fast(
             later = scale * x @ text_of(ctx).transpose(1, 2)
             each(later, chosen).sum().backward()
             step.step()
-    with torch.no_grad(), torch.autocast("cuda", torch.float16, enabled=_amp(x)):
-        tuned = text_of(ctx).to(x.dtype)
-    after = scale * (tuned @ x[:, 0, :, None])[..., 0]
+    after = []
+    for some, view in zip(ctx.split(size), x[:, 0, :, None].split(size), strict=True):
+        with torch.no_grad(), torch.autocast("cuda", torch.float16, enabled=_amp(x)):
+            tuned = text_of(some)
+        after.append(scale * (tuned.to(x.dtype) @ view)[..., 0])
+    after = torch.cat(after)
     parts = (after, logits[:, 0].detach(), first.detach(), _as_mask(chosen, features), ctx.detach())
     return _back(features, *parts)
 

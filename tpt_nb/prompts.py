@@ -7,16 +7,22 @@ end-of-text token need not be computed; the tokens before the first class token 
 all classes and are computed once; classes with equally long names form one batch without padding.
 """
 
+import hashlib
+import json
 import math
+import os
 import pickle
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from open_clip.zero_shot_metadata import OPENAI_IMAGENET_TEMPLATES
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -272,12 +278,14 @@ class Prompts:
             self._made[key] = make()
         return self._made[key]
 
-    def jacobian(self) -> Tensor:
+    def jacobian(self, cache: str | Path | None = None) -> Tensor:
         """Derivative of the end-of-text rows in the context, at the initial one.
 
         Computed once and kept: ``[C,d,M*d]``, which is 4 (float32) x C x d x M x d bytes. The rows
         are those behind the last layer norm, of width d; projection and normalisation follow.
 
+        Args:
+            cache: folder in which it is kept for other processes too; None: only here.
         Raises:
             ValueError: the class name does not stand at the end, or contexts are class-specific.
         """
@@ -287,12 +295,34 @@ class Prompts:
                 f"the class name, and a tower of OpenAI's kind; this one has class_token_position="
                 f"{self.class_token_position!r} and class_specific={self.class_specific}."
             )
-        return self._once("jacobian", self._make_jacobian)
+        return self._once("jacobian", lambda: self._read_or_make_jacobian(cache))
 
     @property
     def has_jacobian(self) -> bool:
         """Can :meth:`jacobian` be asked for?"""
         return self.fixed_suffixes and has_plain_attention(text_tower(self.clip.model))
+
+    def _read_or_make_jacobian(self, cache: str | Path | None) -> Tensor:
+        if cache is None:
+            return self._make_jacobian()
+        weight = text_tower(self.clip.model).token_embedding.weight
+        about = [self.clip.fingerprint, self.tokens, str(weight.dtype), weight.device.type]
+        key = hashlib.sha256(json.dumps(about).encode())
+        key.update(self.ctx.detach().cpu().numpy().tobytes())
+        path = Path(cache) / "jacobians" / f"{key.hexdigest()[:20]}.safetensors"
+        with suppress(OSError, SafetensorError, KeyError):  # not there, or damaged: made again
+            return load_file(path)["jacobian"].to(weight.device)
+        out = self._make_jacobian()
+        temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file({"jacobian": out.cpu()}, temporary)
+            temporary.replace(path)
+        except (OSError, SafetensorError) as error:  # a full disk: it is only a cache
+            warnings.warn(f"the Jacobian is not kept in {path.parent}: {error}", stacklevel=2)
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+        return out
 
     def _make_jacobian(self) -> Tensor:
         tower = text_tower(self.clip.model)

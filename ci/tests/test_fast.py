@@ -163,6 +163,26 @@ def test_jacobian_equals_finite_differences(prompts):
         )  # fmt: skip
 
 
+def test_a_kept_jacobian_is_read_again(small, prompts, tmp_path, monkeypatch):
+    few = Prompts(small, NAMES[:2])
+    made = few.jacobian(tmp_path)
+    (path,) = (tmp_path / "jacobians").iterdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(Prompts, "_make_jacobian", lambda self: pytest.fail("made again"))
+        assert torch.equal(Prompts(small, NAMES[:2]).jacobian(tmp_path), made)
+        features = views_of(few, 2, 8).double()
+        adapt.tpt(features, Prompts(small, NAMES[:2]), n_images=MANY, cache=tmp_path)
+    path.write_bytes(path.read_bytes()[:1000])  # damaged
+    assert torch.equal(Prompts(small, NAMES[:2]).jacobian(tmp_path), made)
+    # another context, other names: another file
+    Prompts(small, NAMES[:2], None, 2, seed=1).jacobian(tmp_path)
+    Prompts(small, NAMES[1:3]).jacobian(tmp_path)
+    assert len(list((tmp_path / "jacobians").iterdir())) == 3
+    (tmp_path / "file").write_text("no folder")
+    with pytest.warns(UserWarning, match="not kept"):
+        assert torch.equal(Prompts(small, NAMES[:2]).jacobian(tmp_path / "file"), made)
+
+
 def test_states_of_the_prefix_do_not_see_the_suffix(prompts):
     ctx = contexts(prompts, 1)
     other = Prompts(prompts.clip, ["a wholly different name"])
@@ -242,7 +262,7 @@ def test_neither_order_nor_batch_size_changes_anything_in_float32(mini, n_images
 
 def test_float32_equals_paper_but_for_gradients_below_rounding(mini):
     """Where no coordinate of the gradient is lost in rounding, logits agree within 1e-4."""
-    prompts, names = Prompts(mini, NAMES), NAMES
+    prompts = Prompts(mini, NAMES[:6])  # without the second cat: equal logits have no order
     features = views_of(prompts, 6, 16, seed=5)
     fast = adapt.tpt(features, prompts, lr=0.01, n_images=MANY)
     paper = adapt.tpt(features, prompts, lr=0.01, exact="paper")
@@ -251,7 +271,7 @@ def test_float32_equals_paper_but_for_gradients_below_rounding(mini):
     apart = ((fast.ctx - paper.ctx).abs() > 1e-6).flatten(1).sum(1)
     same = apart == 0
     difference = (fast.logits - paper.logits).abs().amax(1)
-    assert same.any() and len(names) == fast.logits.shape[1]
+    assert same.any()
     assert float(difference[same].max()) < 1e-4
     assert int(apart.max()) < 8  # of 768 coordinates
 
