@@ -25,9 +25,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tpt_nb.adapt import METHODS, Adapted, _check_features
-from tpt_nb.clip import Clip, text_tower
+from tpt_nb.clip import Clip, project_text, text_tower
 from tpt_nb.losses import entropy
 from tpt_nb.paths import cache_dir
+from tpt_nb.tower import causal_tower, has_plain_attention
 
 REPAIRS = {
     "span": "replace the keyword where it was found, once; not every equal piece of a word",
@@ -428,19 +429,48 @@ def encode_once(
 ) -> tuple[Tensor, int]:
     """Features of lists of sentences of one length, ``[B,C,D]``, and how many were encoded.
 
-    A sentence that occurs in several lists is encoded once; captions of many images agree but for
-    their keyword, so this saves most of the work.
+    A sentence that occurs in several lists is encoded once, and what the sentences of a list have
+    in common at their beginning runs through the text tower once (:func:`encode_alike`).
 
     Args:
         memo: sentences that are known from before; new ones are added.
     """
     memo = {} if memo is None else memo
-    new = list(dict.fromkeys(t for some in lists for t in some if t not in memo))
-    new.sort(key=len)  # a batch is as long as its longest sentence
+    known = len(memo)
+    for some in lists:
+        new = list(dict.fromkeys(text for text in some if text not in memo))
+        if new:
+            memo.update(zip(new, encode_alike(clip, new), strict=True))
+    return torch.stack([torch.stack([memo[t] for t in some]) for some in lists]), len(memo) - known
+
+
+@torch.no_grad()
+def encode_alike(clip: Clip, texts: Sequence[str]) -> Tensor:
+    """Features ``[N,D]`` as ``clip.encode_text``; cheaper if the texts begin with the same words.
+
+    The tower is causal: the tokens that all texts have in common at the beginning do not see what
+    follows, so they are computed once, and each text adds its own rest.
+    """
+    tower = text_tower(clip.model)
+    if len(texts) < 2 or not has_plain_attention(tower):
+        with quiet_tokens():
+            return clip.encode_text(list(texts)).float()
     with quiet_tokens():
-        features = clip.encode_text(new).float()
-    memo.update(zip(new, features, strict=True))
-    return torch.stack([torch.stack([memo[t] for t in some]) for some in lists]), len(new)
+        tokens = clip.tokenizer(list(texts))
+    ends = tokens.argmax(dim=1)  # of the end-of-text token, which has the largest id
+    alike = int((tokens == tokens[0]).all(dim=0).long().cumprod(0).sum())
+    alike = min(alike, int(ends.min()))  # a rest has its end-of-text token at least
+    tokens = tokens[:, : int(ends.max()) + 1].to(clip.device)
+    position = tower.positional_embedding
+    prefix = (tower.token_embedding(tokens[:1, :alike]) + position[:alike]).contiguous()
+    suffixes, order = [], []
+    for end in sorted(set(ends.tolist())):
+        members = (ends == end).nonzero()[:, 0]
+        rest = tokens[members.to(tokens.device), alike : end + 1]
+        suffixes.append((tower.token_embedding(rest) + position[alike : end + 1])[None])
+        order.append(members)
+    rows = project_text(tower, causal_tower(tower, prefix, suffixes))[0]
+    return F.normalize(rows, dim=-1).float()[torch.cat(order).argsort().to(rows.device)]
 
 
 def mix(standard: Tensor, personal: Tensor, weight: Tensor) -> Tensor:

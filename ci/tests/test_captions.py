@@ -260,6 +260,22 @@ def test_each_sentence_is_encoded_once(mini):
     assert captions.encode_once(mini, lists, memo)[1] == 0
 
 
+@pytest.mark.parametrize(
+    "texts",
+    [
+        ["a cat", "a cat.", "a cat sat on the mat", "a dog"],
+        ["cat", "dog"],  # nothing in common but the start token
+        ["a photo of a cat", "a photo of a cat"],  # all in common
+        ["", "a"],
+        ["one"],
+        [f"a dark photo of a {name} on the left" for name in iconshift.classnames()[:40]],
+    ],
+)
+def test_common_beginnings_change_nothing(mini64, texts):
+    got = captions.encode_alike(mini64, texts)
+    assert torch.allclose(got, mini64.encode_text(texts).float(), atol=1e-6)
+
+
 def test_weight():
     generator = torch.Generator().manual_seed(0)
     standard = F.normalize(torch.randn(4, 8, generator=generator), dim=-1)
