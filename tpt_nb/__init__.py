@@ -13,8 +13,8 @@ with ``database`` (RA-TTA), ``datasets`` (with ``iconshift``, the embedded bench
 ``remote``, and ``benchmarks``, the field's sets, which ``sources`` and ``download`` bring),
 ``encode`` (stage 1 and its cache), ``experiment`` (runs and records), ``metrics``, ``figures``,
 ``widgets`` (sliders with a static figure), ``check`` (the checks in exercises), ``setup`` (the
-first cell of a notebook), ``paths``. Importing this package loads none of them, sets no seed and
-touches no network.
+first cell of a notebook), ``course`` (student versions, grading), ``paths``. Importing this package
+loads none of them, sets no seed and touches no network.
 """
 
 __version__ = "0.1.0"

@@ -331,3 +331,17 @@ def test_a_graft_keeps_statements_cells_or_all(master):
     assert sources["cells"]["offset"] == notebook.cells[2].source
     assert "unneeded" not in sources["cells"] and "unneeded" in sources["all"]
     assert "ex2-ties" not in sources["all"] and "argsort" not in str(sources)
+
+
+def test_what_a_master_writes_goes_to_the_scratch_folder(master):
+    notebook = copy.deepcopy(master.notebook)
+    notebook.cells[2].source = "offset: float = 0.0  # none\nout_dir: str = 'out/runs'  # where"
+    notebook.cells[2].metadata["tags"] = ["parameters"]
+    given = masters.Master(master.name, notebook, master.questions, master.hash)
+    for use, expected in (("offset", False), ("out_dir", True)):
+        cells = grafts.graft(given, {"90.3": f"describe = lambda x: {use}"}).cells
+        source = next(cell.source for cell in cells if cell.id == "offset")
+        assert ("abspath" in source) is expected
+    names: dict = {}
+    exec(source, names)
+    assert names["out_dir"] == str(Path("out").absolute())

