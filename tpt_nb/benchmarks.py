@@ -227,21 +227,20 @@ def _from_split(name: str, places: list[Path], path: Path) -> tuple[list[str], I
 def _consistent(path: Path, entries: list[tuple[str, int, str]], classes: int) -> list[str]:
     """Names in label order; ``ValueError`` if a label, a name and a folder do not fit together."""
     names: dict[int, str] = {}
-    labels: dict[str, int] = {}
+    labels: dict[str, set[int]] = {}  # two classes may have one name
     folders: dict[str, int] = {}
     bad = []
     for image, label, name in entries:
         if names.setdefault(label, name) != name:
             bad.append(f"label {label} is {names[label]!r} and {name!r} ({image})")
-        if labels.setdefault(spelling(name), label) != label:
-            bad.append(f"{name!r} has label {labels[spelling(name)]} and {label} ({image})")
+        labels.setdefault(spelling(name), set()).add(label)
         if "/" in image:
             folders.setdefault(image.rsplit("/", 1)[0], label)
     if len(folders) >= classes:  # class folders: they must say the same as the labels
         for image, label, name in entries:
             folder = image.rsplit("/", 1)[0]
-            spelt = labels.get(spelling(folder.rsplit("/", 1)[-1]), label)
-            if folders[folder] != label or spelt != label:
+            spelt = labels.get(spelling(folder.rsplit("/", 1)[-1]), {label})
+            if folders[folder] != label or label not in spelt:
                 bad.append(f"{image} has label {label} ({name!r}), its folder says another class")
     if bad:
         shown = "\n".join(f"  {text}" for text in bad[:5])

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tpt_nb import __main__ as cli
 from tpt_nb import sources
 from tpt_nb.benchmarks import BENCHMARKS
 from tpt_nb.download import DownloadError, Source, fetch, unpack
@@ -489,3 +490,19 @@ def test_sources_are_well_formed_and_drive_is_asked_last(name):
         assert all(url.startswith(("gdrive:", "http")) for url in source.urls)
         big = source.is_archive and source.size > 1e9
         assert not big or source.sha256, "a large file has a checksum"
+
+
+def test_the_command_line_downloads_and_says_where_to(
+    archive_server, tmp_path, monkeypatch, capsys
+):
+    port, _, sha = archive_server
+    toy = Source("outer.zip", (f"http://127.0.0.1:{port}/outer.zip",), sha256=sha)
+    monkeypatch.setitem(sources.SOURCES, "toy", (toy,))
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    assert cli.main(["download", "toy", "--root", str(tmp_path / "to")]) == 0
+    assert f"toy is in {tmp_path / 'to'}" in capsys.readouterr().out
+    assert (tmp_path / "to" / "outer" / "inner.tar.gz").is_file()
+    assert cli.main(["download", "stanford-cars"]) == 2
+    assert "Kaggle" in capsys.readouterr().err
+    assert cli.main(["download", "toy", "--rot", "x"]) == 2
+    assert "did you mean '--root'" in capsys.readouterr().err
