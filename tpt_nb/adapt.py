@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from tpt_nb.clip import project_text, text_tower
 from tpt_nb.losses import (
@@ -179,23 +179,40 @@ class _Start:
         if by_matrix:
             with torch.no_grad():
                 self.rows = prompts.rows(self.ctx[None])[0]  # [C,d]
-                self.text = F.normalize(project_text(self.tower, self.rows), dim=-1)
+                features = project_text(self.tower, self.rows)
+                self.norm = features.norm(dim=-1, keepdim=True)  # [C,1]
+                self.text = features / self.norm
         else:
             self.graph = prompts.text_features(self.ctx.requires_grad_(True))
             self.text = self.graph.detach()
 
-    def pull_back(self, cotangents: Tensor) -> Tensor:
-        """Cotangents of the text features ``[b,C,D]`` -> of the context ``[b,M,d]``."""
+    def pull_back(self, g_logits: Tensor, logits: Tensor, x: Tensor, scale: Tensor) -> Tensor:
+        """Gradients in the logits ``[b,V,C]`` of views x ``[b,V,D]`` -> in the context ``[b,M,d]``.
+
+        Logits are ``scale * x @ text.T``.
+        """
         if self.jacobian is None:
             (out,) = torch.autograd.grad(
-                self.graph, self.ctx, cotangents, is_grads_batched=True, retain_graph=True
+                self.graph,
+                self.ctx,
+                scale * g_logits.transpose(1, 2) @ x,
+                is_grads_batched=True,
+                retain_graph=True,
             )
             return out
-        with torch.enable_grad():  # through the normalisation and the projection: cheap
-            rows = self.rows.expand(len(cotangents), -1, -1).detach().requires_grad_(True)
-            text = F.normalize(project_text(self.tower, rows), dim=-1)
-            (at_rows,) = torch.autograd.grad(text, rows, cotangents)
+        # Back through the projection and the normalisation: of the gradient g in a text feature t,
+        # the part along t is lost, and g @ t is a sum over the logits.
+        along = (g_logits * logits).sum(dim=1).unsqueeze(-1)  # [b,C,1]
+        at_rows = scale * g_logits.transpose(1, 2) @ self._unproject(x)
+        at_rows = (at_rows - along * self._unproject(self.text)) / self.norm  # [b,C,d]
         return (at_rows.flatten(1) @ self.jacobian).unflatten(1, self.ctx.shape)
+
+    def _unproject(self, x: Tensor) -> Tensor:
+        """The transpose of the text projection: ``[...,D] -> [...,d]``."""
+        projection = self.tower.text_projection
+        if projection is None:
+            return x
+        return x @ (projection.weight if isinstance(projection, nn.Linear) else projection.T)
 
     def tangent(self, ctx: Tensor) -> Tensor:
         """Text features ``[b,C,D]`` of contexts ``[b,M,d]``, the tower taken to first order."""
@@ -215,7 +232,7 @@ def _tpt_fast(
     each = torch.vmap(lambda z, i: loss_fn(z, rho, i))
     first = each(logits, chosen)
     (g_logits,) = torch.autograd.grad(first.sum(), logits)
-    g_ctx = start.pull_back(scale * g_logits.transpose(1, 2) @ x)
+    g_ctx = start.pull_back(g_logits, logits.detach(), x, scale)
     if steps == 1:
         ctx = _first_step(start.ctx.detach(), g_ctx, lr, optimizer)
     else:

@@ -182,6 +182,7 @@ class Packed:
         self.counts = [*map(len, rows), 0]  # classes that have a token at this position
         self.starts = [sum(self.counts[:p]) for p in range(longest)]
         self.x = torch.cat(rows).unsqueeze(0)  # [1,T,d]
+        self._scratch: dict[int, Tensor] = {}
         with torch.no_grad():
             self.first = _project_flat(blocks_of(tower)[0], self.x, "qkv")  # [1,T,3d]
         # (first query, queries, first rank, position), of all tokens and of the last ones only
@@ -203,14 +204,44 @@ class Packed:
             qkv = self.first if i == 0 else None
             if last:
                 queries = self._end_rows(x)
-                kv = _project_flat(block, x, "kv") if qkv is None else qkv[..., x.shape[2] :]
+                kv = self._project(block, x, "kv") if qkv is None else qkv[..., x.shape[2] :]
                 q, (k, v), x = _project_flat(block, queries, "q"), kv.chunk(2, dim=-1), queries
             else:
-                qkv = _project_flat(block, x, "qkv") if qkv is None else qkv
+                qkv = self._project(block, x, "qkv") if qkv is None else qkv
                 q, k, v = qkv.chunk(3, dim=-1)
             mixed = self._attend(block, q, k, v, state, self.ends if last else self.all)
-            x = _finish_in_place(block, x, mixed)
+            x = self._finish(block, x, mixed)
         return self.tower.ln_final(x)[:, self.order]
+
+    def _project(self, block: nn.Module, x: Tensor, which: str) -> Tensor:
+        """:func:`_project_flat`, until the next call with as wide a result."""
+        attention, width = block.attn, x.shape[-1]
+        rows = slice("qkv".index(which[0]) * width, 3 * width)
+        weight, bias = attention.in_proj_weight[rows], attention.in_proj_bias[rows]
+        y = block.ln_1(x).flatten(0, 1)
+        out = self._room(y, len(weight))
+        return torch.addmm(bias, y, weight.T, out=out).unflatten(0, x.shape[:2])
+
+    def _finish(self, block: nn.Module, x: Tensor, mixed: Tensor) -> Tensor:
+        """:func:`_finish` with fewer passes over memory; ``x`` itself is left as it is."""
+        if not isinstance(block.ls_1, nn.Identity) or type(block.mlp.gelu).__name__ != "QuickGELU":
+            return _finish(block, x, mixed)
+        fc, out, a = block.mlp.c_fc, block.mlp.c_proj, QUICK_GELU
+        flat = (x + block.attn.out_proj.bias).flatten(0, 1)
+        flat.addmm_(mixed.flatten(0, 1), block.attn.out_proj.weight.T)
+        y = block.ln_2(flat)
+        hidden = self._room(y, fc.out_features)
+        torch.addmm(fc.bias, y, fc.weight.T, beta=a, alpha=a, out=hidden)
+        flat.add_(out.bias).addmm_(F.silu(hidden, inplace=True), out.weight.T, alpha=1 / a)
+        return flat.view(x.shape)
+
+    def _room(self, like: Tensor, width: int) -> Tensor:
+        """Room for ``[rows,width]`` that is kept: fresh memory of this size costs as much to get
+        from the system, page by page, as to compute what goes in."""
+        size = len(like) * width
+        if width not in self._scratch or self._scratch[width].numel() < size:
+            self._scratch[width] = like.new_empty(size)
+        return self._scratch[width][:size].view(len(like), width)
 
     def _end_rows(self, x: Tensor) -> Tensor:
         """End-of-text rows by rank: ``[B,T,d] -> [B,C,d]``."""
@@ -251,18 +282,6 @@ class Packed:
                 w_j = weights[:, :, n_prefix + j, start : start + n].transpose(1, 2)[..., None]
                 by_head[:, start : start + n].addcmul_(w_j, v_j)
         return mixed
-
-
-def _finish_in_place(block: nn.Module, x: Tensor, mixed: Tensor) -> Tensor:
-    """:func:`_finish` with fewer passes over memory; ``x`` itself is left as it is."""
-    if not isinstance(block.ls_1, nn.Identity) or type(block.mlp.gelu).__name__ != "QuickGELU":
-        return _finish(block, x, mixed)
-    fc, out, a = block.mlp.c_fc, block.mlp.c_proj, QUICK_GELU
-    flat = (x + block.attn.out_proj.bias).flatten(0, 1)
-    flat.addmm_(mixed.flatten(0, 1), block.attn.out_proj.weight.T)
-    hidden = torch.addmm(fc.bias, block.ln_2(flat), fc.weight.T, beta=a, alpha=a)
-    flat.add_(out.bias).addmm_(F.silu(hidden, inplace=True), out.weight.T, alpha=1 / a)
-    return flat.view(x.shape)
 
 
 # --- the Jacobian --------------------------------------------------------------------------------

@@ -322,8 +322,9 @@ def test_tangent_is_of_first_order(prompts):
 
 def test_tangent_takes_several_steps_on_the_linear_tower(prompts):
     features = views_of(prompts, 2, 12).double()
-    params = {"steps": 3, "optimizer": "sgd", "lr": 1e-3}
+    params = {"steps": 3, "optimizer": "sgd", "lr": 1e-5}
     tangent = adapt.tpt(features, prompts, exact="tangent", **params)
     fast = adapt.tpt(features, prompts, **params)
-    torch.testing.assert_close(tangent.logits, fast.logits, atol=1e-2, rtol=0)
+    moved = (fast.logits - fast.logits_before).abs().max()
+    assert 0 < (tangent.logits - fast.logits).abs().max() < 0.05 * moved
     assert not torch.equal(tangent.ctx, fast.ctx)
