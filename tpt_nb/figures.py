@@ -728,7 +728,7 @@ def scatter(
     if mark:
         axis.axvline(mark[0], color=GREY, linestyle="--", linewidth=1.2)
         place = {"xycoords": axis.get_xaxis_transform(), "textcoords": "offset points"}
-        axis.annotate(mark[1], (mark[0], 1), (4, -8), color=GREY, fontsize=8, **place)
+        axis.annotate(mark[1], (mark[0], 0), (4, 4), color=GREY, fontsize=8, **place)
     if reference is not None:
         axis.axhline(reference, color=GREY, linewidth=1, zorder=0)
     axis.set_xlabel(x_label)
