@@ -472,10 +472,11 @@ def test_a_set_without_readable_images_is_an_error(config, tmp_path):
 def test_auto_is_mini_without_a_gpu_and_says_why_once(config, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(experiment, "_said", set())
+    assert experiment.choose_profile(RunConfig()) == ("mini", "no CUDA GPU here")
     one_run(config)
     one_run(config, n_aug=3)
     out = capsys.readouterr().out
-    assert out.count("profile mini: no CUDA GPU here") == 1
+    assert out.count("profile full: data set and model are named") == 1
 
 
 @pytest.mark.parametrize("gpu", [False, True])
