@@ -1006,12 +1006,13 @@ def stacked(
         parts: name of the part -> one value per label, in the order in which they are laid.
         label: of the value axis, with the unit.
     """
-    fig, axis = plt.subplots(figsize=(WIDTH, 1.0 + 0.36 * len(labels)))
-    colours = ["#BBBBBB", COLOURS["sky"], COLOURS["blue"], COLOURS["orange"], COLOURS["vermilion"]]
-    hatches = ["", "....", "", "////", "xxxx"]
+    fig, axis = plt.subplots(figsize=(WIDTH, 1.2 + 0.36 * len(labels)))
+    names = ("sky", "blue", "orange", "vermilion", "green")
+    colours = ["#BBBBBB", *(COLOURS[name] for name in names)]
+    hatches = ["", "....", "", "////", "xxxx", "\\\\"]
     left = np.zeros(len(labels))
     for i, (name, values) in enumerate(parts.items()):
-        style = {"color": colours[i % 5], "hatch": hatches[i % 5], "edgecolor": "white"}
+        style = {"color": colours[i % 6], "hatch": hatches[i % 6], "edgecolor": "white"}
         axis.barh(labels, values, 0.62, left=left, label=name, linewidth=0, **style)
         left = left + np.asarray(values, float)
     for y, total in enumerate(left):
@@ -1022,13 +1023,13 @@ def stacked(
     axis.tick_params(axis="y", length=0)
     axis.set_xlim(0, 1.1 * left.max())
     axis.set_xlabel(label)
-    fig.legend(loc="outside lower center", ncols=len(parts))
+    fig.legend(loc="outside lower center", ncols=len(parts) if len(parts) < 5 else 3)
     axis.set_title(title)
     return fig
 
 
 def waterfall(
-    steps: Sequence[tuple[str, float]], label: str, title: str = "", number: str = ".3g"
+    steps: Sequence[tuple[str, float]], label: str, title: str = "", number: str = ",.1f"
 ) -> Figure:
     """What is left after each step, on a logarithmic axis; the saving of a step is hatched.
 
