@@ -389,16 +389,18 @@ def _one_step(
     start = _Start(prompts, _worth_a_jacobian(prompts, n_images or len(features)))
     weight = _weight(prompts)
     scale = prompts.clip.logit_scale.to(weight)
-    text = start.text.detach().requires_grad_(True)
-    extra = of_text(text) if of_text else text.sum() * 0
-    (g_extra,) = torch.autograd.grad(extra, text)
+    extra, g_extra = torch.zeros_like(scale), 0.0
+    if of_text:
+        leaf = prompts.ctx.to(weight).clone().requires_grad_(True)
+        extra = of_text(prompts.text_features(leaf))
+        (g_extra,) = torch.autograd.grad(extra, leaf)
     outs: list[tuple[Tensor, ...]] = []
     for x in features.to(weight).split(_images_per_pass(prompts, 1)):
         logits = (scale * x @ start.text.T).requires_grad_(True)
         chosen = torch.vmap(lambda z: loss_fn.select(z, rho))(logits.detach())
         each = torch.vmap(lambda z, i: loss_fn(z, rho, i))(logits, chosen)
         (g_logits,) = torch.autograd.grad(each.sum(), logits)
-        g_ctx = start.pull_back(scale * g_logits.transpose(1, 2) @ x + g_extra)
+        g_ctx = start.pull_back(g_logits, logits.detach(), x, scale) + g_extra
         ctx = _first_step(start.ctx.detach(), g_ctx, lr, "adamw").detach()
         with torch.no_grad():
             after = predict(x, prompts.text_features(ctx).to(x.dtype), chosen)
