@@ -893,6 +893,11 @@ def price(
             axis.errorbar(cost, value, yerr=error, linestyle="", elinewidth=1, label=label, **style)
     axis.set_xscale("log")
     axis.margins(x=0.14)
+    low, high = axis.get_xlim()
+    ticks = [m * 10.0**e for e in range(-6, 7) for m in (1, 2, 5)]
+    ticks = [t for t in ticks if low <= t <= high]
+    axis.set_xticks(ticks, [f"{t:g}" for t in ticks])
+    axis.minorticks_off()
     axis.set_xlabel(x_label)
     axis.set_ylabel(y_label)
     axis.grid(axis="y")
@@ -985,7 +990,8 @@ def calibration(
         axis.set_ylim(0, 1)
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
-    fig.supxlabel("confidence", fontsize=9)
+    for axis in axes.flat[max(0, len(panels) - columns) : len(panels)]:
+        axis.set_xlabel("confidence")
     handles, labels = axes[0, 0].get_legend_handles_labels()
     fig.legend(handles, labels, loc="outside lower center", ncols=2)
     if title:
