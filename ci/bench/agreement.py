@@ -22,6 +22,7 @@ from tpt_nb import adapt, datasets
 from tpt_nb import clip as tclip
 from tpt_nb.encode import encode
 from tpt_nb.losses import marginal_entropy
+from tpt_nb.paths import DATA
 from tpt_nb.prompts import Prompts
 from tpt_nb.views import RandomViews
 
@@ -35,10 +36,10 @@ def gradient(prompts: Prompts, views: torch.Tensor, selected: torch.Tensor, dtyp
     return ctx.grad
 
 
-def compare(model: tclip.Clip, variant: str, n: int, lr: float) -> dict:
+def compare(model: tclip.Clip, variant: str, n: int, lr: float, coop: str | None) -> dict:
     data = datasets.load(variant, n=n)
     features = encode(data, model, RandomViews(n_aug=63, size=model.image_size)).features
-    prompts = Prompts(model, data.classnames)
+    prompts = Prompts(model, data.classnames, coop=coop)
     began = time.perf_counter()
     fast = adapt.tpt(features, prompts, lr=lr)
     middle = time.perf_counter()
@@ -48,7 +49,7 @@ def compare(model: tclip.Clip, variant: str, n: int, lr: float) -> dict:
     apart = (difference > 1e-4).nonzero()[:, 0].tolist()
     double = copy.copy(model)
     double.model = copy.deepcopy(model.model).double()
-    prompts64 = Prompts(double, data.classnames)
+    prompts64 = Prompts(double, data.classnames, coop=coop)
     unexplained = []
     for i in apart:
         # 1e-6 is far above the rounding of a context; near AdamW's eps a step is apart in part
@@ -75,10 +76,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--n", type=int, default=500)
     parser.add_argument("--lr", type=float, default=0.05)
-    parser.add_argument("--variants", nargs="+", default=["iconshift-a", "iconshift-r"])
+    variants = ["iconshift", "iconshift-a", "iconshift-r"]
+    parser.add_argument("--variants", nargs="+", default=variants)
+    parser.add_argument("--coop", action="store_true", help="start from the embedded CoOp context")
     args = parser.parse_args()
     model = tclip.load("mini")
-    out = {v: compare(model, v, args.n, args.lr) for v in args.variants}
+    coop = str(DATA / "miniclip" / "coop.pth.tar") if args.coop else None
+    out = {v: compare(model, v, args.n, args.lr, coop) for v in args.variants}
     print(json.dumps(out, indent=1))
     bad = ("predictions_differ", "not_explained_by_rounding_of_the_gradient")
     return int(any(out[v][key] for v in out for key in bad))
