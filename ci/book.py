@@ -103,7 +103,8 @@ def render(path: Path, bibliography: dict[str, dict]) -> Page:
 
 def entries(source: str, new: list[tuple[int, str, str]], before: list[dict]) -> list[dict]:
     """What the search knows of a cell: its text, under the section that it belongs to."""
-    text = re.sub(r"\$\$.*?\$\$|\$[^$\n]*\$|<[^>]+>|[#*`|>]|\]\([^)]*\)|\[", " ", source, flags=re.DOTALL)
+    noise = r"\$\$.*?\$\$|\$[^$\n]*\$|<[^>]+>|[#*`|>]|\]\([^)]*\)|\["
+    text = re.sub(noise, " ", source, flags=re.DOTALL)
     text = " ".join(text.split())
     if new:
         return [{"id": new[0][1], "title": new[0][2], "text": text}]

@@ -14,7 +14,7 @@ from tpt_nb.course.__main__ import main
 
 QUICK = ("reference", "partly", "os_exit", "patches_everything", "forges_values", "reads_the_key")
 QUICK += ("opens_a_socket", "blank", "not_json")
-OPTIONS = {"cell_seconds": 25, "limits": sandbox.Limits(seconds=300)}
+OPTIONS = {"cell_seconds": 60, "limits": sandbox.Limits(seconds=600)}
 
 
 def hides() -> str:

@@ -97,7 +97,7 @@ def lines(n):
 
 
 def two_cells_in_a_row(nb):
-    cells = [new_code_cell(lines(30), execution_count=3), new_code_cell(lines(30))]
+    cells = [new_code_cell(lines(31), execution_count=3), new_code_cell(lines(31))]
     nb.cells[4:5] = cells
     renumber(nb)
 

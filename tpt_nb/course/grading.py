@@ -59,7 +59,7 @@ def execute(notebook: NotebookNode, seed: int, options: Options) -> tuple[list[d
             "--nbval-lax",
             "--nbval-current-env",
         ]
-        + [f"--nbval-cell-timeout={options.cell_seconds}", "--nbval-kernel-startup-timeout=60"]
+        + [f"--nbval-cell-timeout={options.cell_seconds}", "--nbval-kernel-startup-timeout=120"]
         + ["answers.ipynb"],
         files={"answers.ipynb": nbformat.writes(notebook).encode(), "pytest.ini": b"[pytest]\n"},
         readable=[PACKAGE, DATA],
