@@ -328,3 +328,23 @@ def test_tangent_takes_several_steps_on_the_linear_tower(prompts):
     moved = (fast.logits - fast.logits_before).abs().max()
     assert 0 < (tangent.logits - fast.logits).abs().max() < 0.05 * moved
     assert not torch.equal(tangent.ctx, fast.ctx)
+
+
+# --- the pictures of it --------------------------------------------------------------------------
+
+
+def test_stacked_bars_and_waterfall_show_the_values():
+    from tpt_nb import figures
+
+    parts = {name: [1.0, 2.0] for name in "abcdef"}
+    fig = figures.stacked(["before", "after"], parts, "seconds")
+    bars = fig.axes[0].containers
+    assert [bar.get_width() for bar in bars[0]] == [1, 2]
+    assert [text.get_text() for text in fig.axes[0].texts] == ["6", "12"]
+    assert len({(bar[0].get_facecolor(), bar[0].get_hatch()) for bar in bars}) == len(parts)
+    steps = [("start", 800.0), ("cut", 100.0), ("slower", 120.0)]
+    fig = figures.waterfall(steps, "ms")
+    left, saved = fig.axes[0].containers
+    assert [bar.get_width() for bar in left] == [800, 100, 120]
+    assert [bar.get_width() for bar in saved] == [0, 700, 0]
+    assert "8.0 times less" in fig.axes[0].texts[1].get_text()
