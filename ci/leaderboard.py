@@ -284,8 +284,9 @@ def summarise(raw: dict, reference: str = "tpt") -> dict:
             for b in labels if b != a}
         for a in labels
     }  # fmt: skip
+    absent = [m for m, f in adapt.METHODS.items() if m not in labels and not hasattr(f, "bind")]
     return {"variants": variants, "decisive": decisive, "seeds": len(seeds), "rows": rows,
-            "wins": wins}  # fmt: skip
+            "absent": absent, "wins": wins}  # fmt: skip
 
 
 def text_table(table: dict) -> str:

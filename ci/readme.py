@@ -134,6 +134,7 @@ def leaderboard(table: dict) -> str:
         f"from encoded features. `contrast_vote`, developed here, against the best published "
         f"episodic method on A, R and Sketch (`{best['row']}`): {interval(gain)} points, at "
         f"{price:.2f} times the time of the vote."
+        + (f" Not in this table yet: {', '.join(table['absent'])}." if table["absent"] else "")
     )
 
 
