@@ -2,6 +2,7 @@
 
 import copy
 import os
+import sys
 
 import pytest
 import torch
@@ -10,6 +11,14 @@ from tpt_nb import clip as clip_module
 
 torch.set_num_threads(1)
 os.environ["TPT_NB_DOWNLOAD"] = "0"  # no test reaches for the net
+
+
+@pytest.fixture(autouse=True)
+def no_open_figures():
+    """Figures that a test leaves open would fail the tests that count them."""
+    yield
+    if "matplotlib.pyplot" in sys.modules:
+        sys.modules["matplotlib.pyplot"].close("all")
 
 
 @pytest.fixture(scope="session")
