@@ -21,8 +21,8 @@ ctpt            context     view 0; the loss keeps the text features apart      
 contrast_vote   nothing     votes of all views, against what all of them say         (ours)
 ==============  ==========  =======================================================  ==============
 
-Tuning the image encoder is not here: it needs pixels and a pass of the encoder per image and step,
-and these methods start from features.
+Tuning the image encoder is not here but in ``encoder_tuning``: it needs pixels and a pass of the
+encoder per image and step, and these methods start from features.
 """
 
 from collections.abc import Callable
