@@ -24,7 +24,7 @@ import shutil
 import time
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,34 +109,15 @@ def encode(
     folder = None
     if cache is not False:
         folder = _open_folder(Path(cache or cache_dir()), cache_key(dataset, clip, augmenter, seed))
-    store = _Store(ids)
+    store = Store(ids)
     for record in _read_shards(folder, store.position):
         store.put(**record)
     missing = [i for i, there in enumerate(store.there) if not there]
-    failed, buffer, encoded = [], [], 0
     with _bar(len(ids), len(missing), dataset.name, progress) as bar:
-        start = time.perf_counter()
-        try:
-            for i, views, target, error in _load(dataset, augmenter, seed, missing, clip, workers):
-                if error is None:
-                    with torch.no_grad():
-                        row = clip.encode_views(views).to("cpu", torch.float32)
-                    now = time.perf_counter()
-                    store.put(i, row, target, now - start)
-                    start, encoded = now, encoded + 1
-                    buffer.append(i)
-                else:
-                    paths = getattr(dataset, "paths", None)
-                    path = str(paths[i]) if paths is not None else ids[i]
-                    failed.append({"id": ids[i], "path": path, "error": error})
-                    bar.set_postfix(failed=len(failed))
-                if len(buffer) == shard:
-                    full, buffer = buffer, []
-                    _write_shard(folder, store, full)
-                bar.update()
-        finally:  # also when a notebook cell is stopped: what is encoded is kept
-            if buffer:
-                _write_shard(folder, store, buffer)
+        failed = fill(
+            store, dataset, clip, augmenter, seed, missing, workers, bar,
+            shard, lambda chosen: _write_shard(folder, store, chosen),
+        )  # fmt: skip
 
     good = [i for i, there in enumerate(store.there) if there]
     if failed:
@@ -152,11 +133,46 @@ def encode(
         ids=[ids[i] for i in good],
         failed=failed,
         seconds=float(store.seconds.sum()),
-        encoded=encoded,
+        encoded=len(missing) - len(failed),
     )
 
 
-class _Store:
+def fill(
+    store: "Store", dataset, clip, augmenter, seed: int, missing: list[int], workers: int | None,
+    bar: tqdm, shard: int, write: Callable[[list[int]], None],
+) -> list[dict]:  # fmt: skip
+    """Encode the ``missing`` images of a data set into the store, image by image, in this order.
+
+    ``write`` gets the positions of every ``shard`` encoded images, and of the rest at the end or
+    when it is interrupted. Returns a dict (id, path, error) per image that cannot be decoded.
+    """
+    failed, buffer = [], []
+    start = time.perf_counter()
+    try:
+        for i, views, target, error in _load(dataset, augmenter, seed, missing, clip, workers):
+            if error is None:
+                with torch.no_grad():
+                    row = clip.encode_views(views).to("cpu", torch.float32)
+                now = time.perf_counter()
+                store.put(i, row, target, now - start)
+                start = now
+                buffer.append(i)
+            else:
+                paths = getattr(dataset, "paths", None)
+                path = str(paths[i]) if paths is not None else store.ids[i]
+                failed.append({"id": store.ids[i], "path": path, "error": error})
+                bar.set_postfix(failed=len(failed))
+            if len(buffer) == shard:
+                full, buffer = buffer, []
+                write(full)
+            bar.update()
+    finally:  # also when a notebook cell is stopped: what is encoded is kept
+        if buffer:
+            write(buffer)
+    return failed
+
+
+class Store:
     """Features, targets and seconds of the images, row i for image i, filled in any order."""
 
     def __init__(self, ids: list[str]):
@@ -293,9 +309,18 @@ def _open_folder(cache: Path, key: dict) -> Path:
     return folder
 
 
-def _write_shard(folder: Path | None, store: _Store, chosen: list[int]) -> None:
+def _write_shard(folder: Path | None, store: Store, chosen: list[int]) -> None:
     if folder is None:
         return
+    name, data = pack_shard(store, chosen)
+    try:
+        _write_atomically(folder / name, data)
+    except OSError as error:
+        raise _explain(error, folder) from error
+
+
+def pack_shard(store: Store, chosen: list[int]) -> tuple[str, bytes]:
+    """File name and content of a shard with the images at these positions of the store."""
     names = ("features", "targets", "seconds")
     tensors = {name: getattr(store, name)[chosen] for name in names}
     ids = [store.ids[i] for i in chosen]
@@ -304,10 +329,7 @@ def _write_shard(folder: Path | None, store: _Store, chosen: list[int]) -> None:
     data = safetensors.torch.save(tensors, metadata={"shard": json.dumps(about)})
     # Named by its images: whoever encodes the same images writes the same features to this name.
     name = hashlib.sha256("\0".join(ids).encode()).hexdigest()[:16]
-    try:
-        _write_atomically(folder / f"{name}.safetensors", data)
-    except OSError as error:
-        raise _explain(error, folder) from error
+    return f"{name}.safetensors", data
 
 
 def _write_atomically(path: Path, data: bytes) -> None:
@@ -344,17 +366,28 @@ def _crc32(ids: list[str], tensors: dict[str, Tensor]) -> int:
     return crc
 
 
+def read_shard(path: Path, wanted: Container[str] | None = None) -> tuple[list[str] | None, dict]:
+    """The image ids and the tensors of a shard; (None, {}) if it has none of the ``wanted`` ids.
+
+    Raises what safetensors raises, or ``ValueError``, for a damaged file.
+    """
+    with safetensors.safe_open(path, framework="pt") as file:
+        about = json.loads(file.metadata()["shard"])
+        if wanted is not None and not any(image_id in wanted for image_id in about["ids"]):
+            return None, {}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if _crc32(about["ids"], tensors) != about["crc32"]:
+        raise ValueError("the checksum does not match")
+    return about["ids"], tensors
+
+
 def _read_shards(folder: Path | None, wanted: dict[str, int]) -> Iterator[dict]:
     """What the shards hold of the wanted images. A damaged shard is dropped, with a warning."""
     for path in sorted(folder.glob("*.safetensors")) if folder else ():
         try:
-            with safetensors.safe_open(path, framework="pt") as file:
-                about = json.loads(file.metadata()["shard"])
-                if not any(image_id in wanted for image_id in about["ids"]):
-                    continue
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            if _crc32(about["ids"], tensors) != about["crc32"]:
-                raise ValueError("the checksum does not match")
+            ids, tensors = read_shard(path, wanted)
+            if ids is None:
+                continue
         except FileNotFoundError:  # another process dropped it
             continue
         except Exception as error:
@@ -365,7 +398,7 @@ def _read_shards(folder: Path | None, wanted: dict[str, int]) -> Iterator[dict]:
             with suppress(OSError):
                 path.unlink()
             continue
-        for k, image_id in enumerate(about["ids"]):
+        for k, image_id in enumerate(ids):
             if image_id in wanted:
                 yield {
                     "i": wanted[image_id],
