@@ -292,18 +292,24 @@ def _bar(total: int, missing: int, name: str, progress: bool) -> tqdm:
 # -- the cache -------------------------------------------------------------------------------
 
 
-def _open_folder(cache: Path, key: dict) -> Path:
+def manifest(key: dict) -> tuple[str, str]:
+    """Name of the folder of a key, below the cache, and the text of its manifest."""
     text = json.dumps(key, sort_keys=True, indent=1)
-    folder = cache / "features" / hashlib.sha256(text.encode()).hexdigest()[:20]
+    return f"features/{hashlib.sha256(text.encode()).hexdigest()[:20]}", text
+
+
+def _open_folder(cache: Path, key: dict) -> Path:
+    name, text = manifest(key)
+    folder = cache / name
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for stale in folder.glob(".tmp-*"):  # left by a kill; a young one may be another process's
             with suppress(OSError):
                 if time.time() - stale.stat().st_mtime > STALE_SECONDS:
                     stale.unlink()
-        manifest = folder / "manifest.json"
-        if not manifest.exists() or manifest.read_text() != text:
-            _write_atomically(manifest, text.encode())
+        path = folder / "manifest.json"
+        if not path.exists() or path.read_text() != text:
+            _write_atomically(path, text.encode())
     except OSError as error:
         raise _explain(error, folder) from error
     return folder
