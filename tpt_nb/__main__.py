@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from tpt_nb.experiment import Run, RunConfig, load_run, run, unknown
+from tpt_nb.experiment import RunConfig, load_run, run, unknown
 
 
 class Parser(argparse.ArgumentParser):
@@ -47,6 +47,7 @@ def parser() -> argparse.ArgumentParser:
             kind = {"type": _reader(hints[field.name]), "metavar": "X"}
         evaluate.add_argument(*names, help=text, default=field.default, **kind)
     evaluate.add_argument("--json", action="store_true", help="end with one JSON object on a line")
+    add_cluster_options(evaluate)
     compare = commands.add_parser(
         "compare", help="two runs image by image: gain of the second", allow_abbrev=False
     )
@@ -69,6 +70,22 @@ def parser() -> argparse.ArgumentParser:
     return main_parser
 
 
+def add_cluster_options(to: argparse.ArgumentParser) -> None:
+    """``--cluster`` and ``--cluster-workers``, which scripts of ``ci/`` have too."""
+    to.add_argument(
+        "--cluster",
+        metavar="local|ADDRESS",
+        help="spread the work with Ray: over the GPUs or cores of this machine, or over a cluster "
+        "(address as of `ray start --head`); cache and out may then be s3://, gs:// ...",
+    )
+    to.add_argument(
+        "--cluster-workers",
+        type=int,
+        metavar="N",
+        help="at a time, at most; default: one per GPU if there are any, else one per core",
+    )
+
+
 def _reader(hint: object):
     """What turns the text of an option into the field's type; none, null and '' give None."""
     kinds = typing.get_args(hint) or (hint,)
@@ -82,8 +99,8 @@ def _reader(hint: object):
     return read
 
 
-def result(run_: Run) -> dict:
-    """The fields of a run that ``evaluate --json`` prints."""
+def result(run_) -> dict:
+    """The fields of a run (anything with its ``summary``) that ``evaluate --json`` prints."""
     s = run_.summary
     return {
         "dataset": s["dataset"],
@@ -103,8 +120,15 @@ def result(run_: Run) -> dict:
 
 
 def _evaluate(args: argparse.Namespace) -> None:
-    values = {key: value for key, value in vars(args).items() if key not in ("command", "json")}
-    done = run(RunConfig(**values))
+    names = [field.name for field in dataclasses.fields(RunConfig)]
+    config = RunConfig(**{name: getattr(args, name) for name in names})
+    if args.cluster:
+        from tpt_nb import cluster
+
+        done, report = cluster.evaluate(config, args.cluster, args.cluster_workers)
+        print(f"{done.said}{report.text()}")
+    else:
+        done = run(config)
     s = result(done)
     print(f"{s['dataset']}, {s['model']}, {s['method']}, {s['n']} images -> {done.dir}")
     print(f"  zero-shot  {_with_interval(s['zero_shot'], s['zero_shot_ci95'])}")
@@ -185,7 +209,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = [f"--{field.name}" for field in dataclasses.fields(RunConfig)]
         word = rest[0].split("=")[0].replace("-", "_").replace("__", "--", 1)
         known = {
-            "evaluate": [*options, "--json"],
+            "evaluate": [*options, "--json", "--cluster", "--cluster-workers"],
             "compare": ["--json", "--out", "--seed"],
             "build-database": ["--images", "--out", "--model", "--device"],
             "download": ["--root"],
