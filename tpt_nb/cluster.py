@@ -651,7 +651,7 @@ def encode_all(
     began = time.perf_counter()
     missing, device = found["missing"], job["values"]["device"]
     report.workers = max(1, cluster.slots(device))
-    size = max(1, min(SHARD, math.ceil(len(missing) / (PARTS * report.workers))))
+    size = part_size(len(missing), report.workers)
     parts = [missing[k : k + size] for k in range(0, len(missing), size)]
     report.images += found["n"]
     report.damaged += found["damaged"]
@@ -688,6 +688,11 @@ def encode_all(
             f"{parts[k][0]} to {parts[k][-1]}): {_first_line(error)}. The others are in the cache: "
             "the same command goes on from there."
         )
+
+
+def part_size(images: int, workers: int) -> int:
+    """Images per task of stage 1: many tasks per worker, so that the last ones end together."""
+    return max(1, min(SHARD, math.ceil(images / (PARTS * workers))))
 
 
 def _bar(total: int, missing: int, name: str, progress: bool):
