@@ -1,5 +1,6 @@
 """``python -m tpt_nb evaluate ...`` does a run, ``python -m tpt_nb compare RUN RUN`` compares two,
 ``python -m tpt_nb build-database ...`` embeds images for retrieval,
+``python -m tpt_nb generate ...`` makes variations of images by diffusion,
 ``python -m tpt_nb download NAME`` brings a data set.
 
 Mistakes in what was asked for (a name, a value, a file) are one line on stderr and exit code 2; set
@@ -17,6 +18,11 @@ from pathlib import Path
 from typing import NoReturn
 
 from tpt_nb.experiment import RunConfig, load_run, run, unknown
+
+GENERATE = (  # the options of evaluate that the command generate has too
+    *("dataset", "root", "reduced_size", "subset_seed"),
+    *("generator", "n_generated", "generator_seed", "device", "cache"),
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -62,6 +68,15 @@ def parser() -> argparse.ArgumentParser:
     build.add_argument("--out", required=True, metavar="DIR", help="folder of the database")
     build.add_argument("--model", default="mini", help="as in evaluate (default: mini)")
     build.add_argument("--device", default="", help="cpu, cuda ... (default: cuda if there is one)")
+    generate = commands.add_parser(
+        "generate", help="make variations of images, for difftpt", allow_abbrev=False
+    )
+    fields = {field.name: field for field in dataclasses.fields(RunConfig)}
+    for name in GENERATE:
+        names = dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"])
+        text = f"{fields[name].metadata['help']} (default: {fields[name].default!r})"
+        kind = {"type": _reader(hints[name]), "metavar": "X"}
+        generate.add_argument(*names, help=text, default=fields[name].default, **kind)
     download = commands.add_parser(
         "download", help="bring a data set (data/README.md lists them)", allow_abbrev=False
     )
@@ -116,6 +131,8 @@ def result(run_) -> dict:
         "worsened": s["worsened"],
         "p_value": s["p_value"],
         "seconds_per_image": s["seconds_per_image"],
+        # of the views that diffusion made, once, before the run
+        **{key: s[key] for key in ("seconds_to_generate",) if key in s},
     }
 
 
@@ -186,6 +203,27 @@ def _build_database(args: argparse.Namespace) -> None:
     )
 
 
+def _generate(args: argparse.Namespace) -> None:
+    from tpt_nb import datasets, diffusion
+    from tpt_nb.experiment import resolve
+
+    values = {name: getattr(args, name) for name in GENERATE}
+    config, _ = resolve(RunConfig(**values, method="difftpt"))
+    if config.generator == "crops":
+        raise ValueError("generator crops is made of views of the run: there is nothing to make.")
+    dataset = datasets.load(
+        config.dataset, config.reduced_size, config.subset_seed, config.root or None
+    )
+    generator = diffusion.load_generator(config.generator, config.device)
+    n = config.n_generated
+    made = diffusion.generate(dataset, generator, n, config.generator_seed, config.cache)
+    seconds = sum(made.seconds(image_id, n) for image_id in dataset.ids) / len(dataset)
+    print(
+        f"{n} variations of each of {len(dataset)} images, {seconds:.2f} s per image "
+        f"-> {made.folder}"
+    )
+
+
 def _find(name: str, out: Path) -> Path:
     for path in (Path(name), out / name):
         if path.is_dir():
@@ -213,12 +251,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             "compare": ["--json", "--out", "--seed"],
             "build-database": ["--images", "--out", "--model", "--device"],
             "download": ["--root"],
+            "generate": [f"--{name}" for name in GENERATE],
         }[args.command]
         print(f"python -m tpt_nb: {unknown('option', word, known)}", file=sys.stderr)
         return 2
     try:
         does = {"evaluate": _evaluate, "compare": _compare, "build-database": _build_database}
-        does["download"] = _download
+        does |= {"download": _download, "generate": _generate}
         does[args.command](args)
     except (ValueError, OSError) as error:
         if os.environ.get("TPT_NB_TRACEBACK"):

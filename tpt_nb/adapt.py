@@ -393,6 +393,7 @@ METHODS: dict[str, Callable[..., Adapted]] = {
 
 # methods in modules of their own enter themselves
 import tpt_nb.captions  # noqa: E402
+import tpt_nb.diffusion  # noqa: E402
 import tpt_nb.encoder_tuning  # noqa: E402
 import tpt_nb.methods  # noqa: E402
 import tpt_nb.online  # noqa: E402

@@ -39,12 +39,16 @@ ALIASES = {  # the study's names
     "loss": {"defaultTPT": "marginal_entropy"},
     "augmenter": {"AugmenterTPT": "random", "PatchAugmenter": "patch"},
 }
-OF_METHOD = {  # options that one method alone has
+DIFFUSION = ("difftpt", "difftpt_code", "difftpt_paper", "difftpt_vote")
+OF_METHOD = {  # options that one method, or some, alone have
     "descriptions": "ra_tta",
     "database": "ra_tta",
     "transport": "ra_tta",
     "repairs": "caption_prompts",
     "captioner": "caption_prompts",
+    "generator": DIFFUSION,
+    "n_generated": DIFFUSION,
+    "generator_seed": DIFFUSION,
 }
 RENAMED = {  # parameters of methods -> the study's names of them
     "rho": "selection_p_all",
@@ -92,7 +96,9 @@ class RunConfig:
     autoaugment: bool = _option(False, "AutoAugment on the views")
     loss: str = _option("marginal_entropy", "what the context is tuned for")
     learning_rate: float | None = _option(None, "default: 0.005, for mini that of its model card")
-    tta_steps: int = _option(1, "optimiser steps per image")
+    tta_steps: int | None = _option(
+        None, "optimiser steps per image; default: that of the method, TPT has 1"
+    )
     optimizer: str = _option("adamw", "adamw or sgd, fresh for each image")
     selection_p_all: float | None = _option(
         None, "rho: fraction of the views kept, in (0,1]; default: that of the method, TPT has 0.1"
@@ -108,6 +114,13 @@ class RunConfig:
     captioner: str = _option(
         "auto", "of caption_prompts: clip (retrieval with the model), vit-gpt2"
     )
+    generator: str = _option(
+        "mini", "of difftpt: mini, a diffusers pipeline (id@revision, folder), crops (the control)"
+    )
+    n_generated: int | None = _option(
+        None, "generated views of an image; default: 16 by mini, 63 by a pipeline"
+    )
+    generator_seed: int = _option(0, "of the generated images")
     reduced_size: int | None = _option(None, "number of images (class-balanced); 0: all")
     subset_seed: int = _option(0, "which images reduced_size takes")
     seed: int = _option(0, "of the views")
@@ -187,6 +200,7 @@ def validate(config: RunConfig) -> None:
         "n_aug": (lambda x: x >= 0, "0 or more"),
         "n_patches": (lambda x: x >= 0, "0 or more"),
         "n_ctx": (lambda x: x >= 1, "1 or more"),
+        "n_generated": (lambda x: x >= 1, "1 or more"),
         "tta_steps": (lambda x: x >= 1, "1 or more"),
         "reduced_size": (lambda x: x >= 0, "a number of images, 0 or nothing for all"),
         "workers": (lambda x: x >= 0, "0 or more"),
@@ -195,10 +209,11 @@ def validate(config: RunConfig) -> None:
         value = getattr(config, name)
         if value is not None and not holds(value):
             raise ValueError(f"{name} is {value}; it must be {allowed}.")
-    for name, method in OF_METHOD.items():
-        value = getattr(config, name)
-        if config.method != method and value != getattr(RunConfig, name):
-            raise ValueError(f"{name}={value!r} is for method {method!r}, not {config.method!r}.")
+    for name, methods in OF_METHOD.items():
+        value, methods = getattr(config, name), (methods,) if isinstance(methods, str) else methods
+        if config.method not in methods and value != getattr(RunConfig, name):
+            known = " or ".join(map(repr, methods))
+            raise ValueError(f"{name}={value!r} is for method {known}, not {config.method!r}.")
     if config.templates and config.coop:
         raise ValueError("templates and coop are both given; choose one of the two prompts.")
     if not (config.ctx_init or config.n_ctx or config.coop):
@@ -291,6 +306,12 @@ def resolve(config: RunConfig) -> tuple[RunConfig, str]:
         changed["learning_rate"] = default_learning_rate(model)
     if config.selection_p_all is None:
         changed["selection_p_all"] = default_rho(config.method)
+    if config.tta_steps is None:
+        changed["tta_steps"] = default_steps(config.method)
+    if config.method in DIFFUSION and config.n_generated is None:
+        from tpt_nb.diffusion import usual_number
+
+        changed["n_generated"] = usual_number(config.generator)
     changed["params"] = ",".join(f"{k}={v}" for k, v in sorted(more_params(config).items()))
     if config.method in ONE_VIEW:  # the other views are not looked at
         usual = RunConfig()
@@ -426,6 +447,14 @@ def default_rho(method: str) -> float:
     return 0.1 if rho is None else float(rho.default)
 
 
+def default_steps(method: str) -> int:
+    """The optimiser steps that a method takes by default; 1 for those that take none."""
+    from tpt_nb.adapt import METHODS
+
+    steps = inspect.signature(METHODS[method]).parameters.get("steps")
+    return 1 if steps is None else int(steps.default)
+
+
 def more_params(config: RunConfig) -> dict:
     """``params`` as a dict: parameters of the method that are no option of their own.
 
@@ -483,6 +512,13 @@ def identity(resolved: RunConfig) -> dict:
     values["device"] = resolved.device.split(":")[0]
     if not values["params"]:  # an option that came later: runs without it keep their names
         del values["params"]
+    if resolved.method not in DIFFUSION:
+        for name in ("generator", "n_generated", "generator_seed"):
+            del values[name]
+    elif resolved.generator != "crops":
+        from tpt_nb.diffusion import load_generator
+
+        values["generator"] = load_generator(resolved.generator).spec()  # with its weights
     files = {"coop": resolved.coop, "model": resolved.model}
     if resolved.model == "mini":
         files["model"] = str(DATA / "miniclip" / "miniclip.safetensors")
@@ -509,6 +545,11 @@ def _name(resolved: RunConfig) -> str:
     usual["learning_rate"] = default_learning_rate(resolved.model)
     usual["device"] = "cpu"
     usual["selection_p_all"] = default_rho(resolved.method)
+    usual["tta_steps"] = default_steps(resolved.method)
+    if resolved.method in DIFFUSION:
+        from tpt_nb.diffusion import usual_number
+
+        usual["n_generated"] = usual_number(resolved.generator)
     if resolved.method in ONE_VIEW:
         usual["n_aug"] = 0
     model = resolved.model
@@ -519,7 +560,7 @@ def _name(resolved: RunConfig) -> str:
         value = getattr(resolved, name)
         if name in (*NOT_IDENTITY, "dataset", "model", "method") or value == default:
             continue
-        if name in ("coop", "root", "descriptions", "database"):
+        if name in ("coop", "root", "descriptions", "database", "generator"):
             value = Path(value).name.split(".")[0]
         elif name == "device":
             value = value.split(":")[0]
@@ -626,6 +667,8 @@ def run(config: RunConfig | Mapping, progress: bool = True) -> Run:
         "total": ended - started,
     }
     n, n_new = len(records), len(records) - done
+    more = getattr(method, "seconds", {})  # of views that the method brought itself
+    seconds |= {f"{key} (its own views)": value for key, value in more.items()}
     summary = {
         "name": folder.name,
         "dataset": dataset.name,
@@ -636,7 +679,9 @@ def run(config: RunConfig | Mapping, progress: bool = True) -> Run:
         "resumed": done,
         "seconds": {key: round(value, 3) for key, value in seconds.items()},
         # encoding counts whenever it was done, so that a full cache does not flatter a method
-        "seconds_per_image": features.seconds / n + seconds["adapt"] / max(1, n_new),
+        "seconds_per_image": (features.seconds + more.get("encode", 0)) / n
+        + seconds["adapt"] / max(1, n_new),
+        **({"seconds_to_generate": more["generate"] / n} if "generate" in more else {}),
         "encoded": features.encoded,
         "device": device_name(resolved.device),
         "versions": versions(),

@@ -1,0 +1,247 @@
+"""Train the embedded image-variation generator on IconShift's source scenes, from nothing.
+
+    python data/diffusion/train.py --out out/diffusion              about an hour on one CPU core
+    python data/diffusion/train.py --out out/diffusion --steps 100  a rehearsal
+
+A diffusion model of 32 px images, conditioned on MiniCLIP's embedding of an image: diffusers' own
+UNet and noise schedule. A training pair is two views of one scene: what the embedding is of (the
+whole scene, or a crop of it), and what is to be made (a crop in which the object fills most of the
+frame). So it learns to make *other views of what the embedding says*, as views of test-time
+augmentation are, and an object that is small in its scene comes out at a size that 32 px can show.
+One time in ten the embedding is left out, for classifier-free guidance.
+
+Scenes come from the training stream (`iconshift-train`), from indices that MiniCLIP did not see.
+The batch of a step depends on (seed, step) only: a killed run goes on from its last checkpoint.
+
+With more: `--scenes 200000 --batch 256 --steps 100000` on a GPU (bfloat16 there too) is what a run
+of some hours would be; the network in tpt_nb/diffusion.py could then be wider, and 64 px large.
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision.transforms.v2.functional as TF
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent.parent))
+
+from tpt_nb import clip as tclip  # noqa: E402
+from tpt_nb import diffusion, iconshift  # noqa: E402
+
+PAINT = 128  # scenes are painted at this size
+FIRST = 1_000_000  # of the stream; MiniCLIP was trained on the first 150,000
+HELD_OUT = 9_000_000  # scenes that measure the loss
+DROP = 0.1  # share of pairs without an embedding
+DECAY = 0.999  # of the moving average of the weights
+
+
+# --- pairs ---------------------------------------------------------------------------------------
+
+
+def crop_of(s: dict, rng: np.random.Generator) -> tuple[float, float, float, float]:
+    """A square crop (left, top, right, bottom, as shares) in which the object is large.
+
+    Its side is 1 to 1.5 times the object's frame, 90 % of which it shows at least.
+    """
+    side = min(1.0, s["side"] * rng.uniform(1.0, 1.5))
+    place = []
+    for a in (s["left"], s["top"]):
+        slack = 0.05 * s["side"]
+        low = max(0.0, min(1 - side, a + s["side"] - side - slack))
+        high = max(low, min(1 - side, a + slack))
+        place.append(rng.uniform(low, high))
+    return place[0], place[1], place[0] + side, place[1] + side
+
+
+def views_of(index: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scene ``index``: uint8 ``[3,3,64,64]`` (whole, two crops) and ``[2,3,32,32]`` (the crops)."""
+    s = iconshift.spec("iconshift-train", index)
+    image = iconshift.compose(s, PAINT)
+    rng = np.random.default_rng([7, index])
+    seen = [image.resize((64, 64), Image.Resampling.BICUBIC)]
+    made = []
+    for _ in range(2):
+        box = tuple(PAINT * x for x in crop_of(s, rng))
+        seen.append(image.resize((64, 64), Image.Resampling.BICUBIC, box))
+        made.append(image.resize((diffusion.SIDE,) * 2, Image.Resampling.BICUBIC, box))
+    return torch.stack([TF.pil_to_tensor(i) for i in seen]), torch.stack(
+        [TF.pil_to_tensor(i) for i in made]
+    )
+
+
+def make_bank(path: Path, first: int, scenes: int) -> dict[str, torch.Tensor]:
+    """Of N scenes: ``made`` uint8 ``[N,2,3,32,32]``, crops; ``seen`` ``[N,3,256]``, embeddings."""
+    if path.exists():
+        return load_file(path)
+    mini = tclip.load("mini", device="cpu")
+    made, seen = [], []
+    for start in tqdm(range(first, first + scenes, 100), desc="scenes", mininterval=10):
+        parts = [views_of(i) for i in range(start, start + 100)]
+        views = torch.cat([p[0] for p in parts])
+        seen.append(mini.encode_views(views).unflatten(0, (-1, 3)))
+        made.append(torch.stack([p[1] for p in parts]))
+    bank = {"made": torch.cat(made), "seen": torch.cat(seen)}
+    temporary = path.with_suffix(".tmp")
+    save_file(bank, temporary)
+    temporary.replace(path)
+    return bank
+
+
+def pairs(bank: dict, size: int, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images ``[B,3,32,32]`` in [-1,1] and embeddings ``[B,256]`` of views of the same scenes."""
+    rows = torch.from_numpy(rng.integers(len(bank["made"]), size=size))
+    images = bank["made"][rows, torch.from_numpy(rng.integers(2, size=size))]
+    return images.float() / 127.5 - 1, bank["seen"][
+        rows, torch.from_numpy(rng.integers(3, size=size))
+    ]
+
+
+# --- loss ----------------------------------------------------------------------------------------
+
+
+def loss_of(unet, alphas, images, condition, t, noise):
+    """Squared error of the velocity, with less weight where there is hardly any noise.
+
+    That is min-SNR (Hang et al. 2023) with gamma 5, but 1 where there is hardly any signal: it is
+    there that few-step sampling begins.
+    """
+    a = alphas[t].view(-1, 1, 1, 1)
+    noisy = a.sqrt() * images + (1 - a).sqrt() * noise
+    velocity = a.sqrt() * noise - (1 - a).sqrt() * images
+    error = (diffusion.predict(unet, noisy, t, condition) - velocity).square().mean((1, 2, 3))
+    return (error * (5 * (1 - alphas[t])).clamp(max=1)).mean()
+
+
+def schedule_of(step: int, steps: int) -> float:
+    """Share of the peak learning rate: a short warm-up, then a cosine to zero."""
+    return min(1.0, (step + 1) / 200) * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+
+
+@torch.no_grad()
+def held_out_loss(unet, alphas, bank, center, spread) -> float:
+    """On 256 held-out pairs, the same noise every time."""
+    rng, draw = np.random.default_rng(0), torch.Generator().manual_seed(0)
+    total = 0.0
+    for _ in range(4):
+        images, seen = pairs(bank, 64, rng)
+        t = torch.randint(0, 1000, (64,), generator=draw)
+        noise = torch.randn(images.shape, generator=draw)
+        total += float(loss_of(unet, alphas, images, (seen - center) / spread, t, noise)) / 4
+    return total
+
+
+def sheet(unet, bank, center, spread, path: Path, rows: int = 8) -> None:
+    """A PNG: a crop of a held-out scene, then seven variations from the whole scene's embedding."""
+    picks = torch.arange(rows) * 7
+    condition = ((bank["seen"][picks, 0] - center) / spread).repeat_interleave(7, 0)
+    noise = torch.randn(len(condition), 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    made = diffusion.denoise(unet, diffusion.build_schedule(), noise, condition)
+    made = (made.unflatten(0, (rows, 7)) * 127.5 + 127.5).round().byte()
+    grid = torch.cat([bank["made"][picks, :1], made], 1)  # [rows,8,3,32,32]
+    pixels = grid.permute(0, 3, 1, 4, 2).reshape(rows * 32, 8 * 32, 3).numpy()
+    Image.fromarray(pixels).resize((8 * 64, rows * 64), Image.Resampling.NEAREST).save(path)
+
+
+# --- the run -------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--steps", type=int, default=6500)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--scenes", type=int, default=30_000)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    bank = make_bank(args.out / f"bank-{args.scenes}.safetensors", FIRST, args.scenes)
+    test = make_bank(args.out / "bank-held-out.safetensors", HELD_OUT, 1000)
+    center, spread = (f(bank["seen"], (0, 1)).half().float() for f in (torch.mean, torch.std))
+    alphas = diffusion.build_schedule().alphas_cumprod
+
+    torch.manual_seed(args.seed)
+    unet = diffusion.build_unet().to(device).train()
+    average = diffusion.build_unet().eval()
+    average.load_state_dict(unet.state_dict())
+    average.requires_grad_(False)
+    decay = [p for p in unet.parameters() if p.ndim > 1]
+    rest = [p for p in unet.parameters() if p.ndim <= 1]
+    groups = [{"params": decay, "weight_decay": 0.01}, {"params": rest, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.99))
+
+    checkpoint, start, seconds = args.out / "checkpoint.pt", 0, 0.0
+    if checkpoint.exists():
+        saved = torch.load(checkpoint, weights_only=True)
+        unet.load_state_dict(saved["unet"])
+        average.load_state_dict(saved["average"])
+        optimizer.load_state_dict(saved["optimizer"])
+        start, seconds = saved["step"], saved["seconds"]
+        print(f"resumed at step {start} of {args.steps}", flush=True)
+    running, began = [], time.perf_counter() - seconds
+    for step in tqdm(range(start, args.steps), initial=start, total=args.steps, mininterval=60):
+        rng = np.random.default_rng([args.seed, step])
+        draw = torch.Generator().manual_seed(int(rng.integers(2**62)))
+        images, seen = pairs(bank, args.batch, rng)
+        condition = (seen - center) / spread
+        condition[torch.from_numpy(rng.random(args.batch) < DROP)] = 0
+        # one timestep in each of B equal parts of the schedule: less noise in the loss
+        t = (
+            (torch.arange(args.batch) + torch.rand(args.batch, generator=draw)) / args.batch * 1000
+        ).long()
+        noise = torch.randn(images.shape, generator=draw)
+        for group in optimizer.param_groups:
+            group["lr"] = args.lr * schedule_of(step, args.steps)
+        with torch.autocast(device, torch.bfloat16):
+            loss = loss_of(
+                unet, alphas.to(device), *(x.to(device) for x in (images, condition, t, noise))
+            )
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        optimizer.step()
+        keep = min(DECAY, (step + 1) / (step + 10))
+        with torch.no_grad():
+            for mean, now in zip(average.parameters(), unet.parameters(), strict=True):
+                mean.lerp_(now.to(mean.device), 1 - keep)
+        running.append(loss.item())
+        done = step + 1
+        if done % 50 == 0:
+            print(f"step {done}: loss {np.mean(running[-50:]):.4f}", flush=True)
+        if done % 500 == 0 or done == args.steps:
+            row = {
+                "step": done,
+                "loss": round(float(np.mean(running)), 4),
+                "held_out": round(held_out_loss(average, alphas, test, center, spread), 4),
+                "seconds": round(time.perf_counter() - began),
+            }
+            running = []
+            with (args.out / "log.jsonl").open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            print(row, flush=True)
+            state = {"unet": unet.state_dict(), "average": average.state_dict()}
+            state |= {"optimizer": optimizer.state_dict(), "step": done}
+            temporary = checkpoint.with_suffix(".tmp")
+            torch.save(state | {"seconds": time.perf_counter() - began}, temporary)
+            temporary.replace(checkpoint)
+            half = {k: v.half().contiguous() for k, v in average.state_dict().items()}
+            half |= {"condition.mean": center.half(), "condition.std": spread.half()}
+            save_file(half, args.out / "generator.safetensors")
+            sheet(average, test, center, spread, args.out / f"sheet-{done:05d}.png")
+
+
+if __name__ == "__main__":
+    main()
