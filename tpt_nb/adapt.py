@@ -177,14 +177,18 @@ class _Start:
         self.tower = text_tower(prompts.clip.model)
         self.jacobian = prompts.jacobian(cache).flatten(0, 1) if by_matrix else None
         if by_matrix:
-            with torch.no_grad():
-                self.rows = prompts.rows(self.ctx[None])[0]  # [C,d]
-                features = project_text(self.tower, self.rows)
-                self.norm = features.norm(dim=-1, keepdim=True)  # [C,1]
-                self.text = features / self.norm
+            self.rows, self.norm, self.text = prompts.once("start", lambda: self._at_start(prompts))
         else:
             self.graph = prompts.text_features(self.ctx.requires_grad_(True))
             self.text = self.graph.detach()
+
+    @torch.no_grad()
+    def _at_start(self, prompts: Prompts) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows ``[C,d]``, the length of their projections ``[C,1]``, text features ``[C,D]``."""
+        rows = prompts.rows(self.ctx[None])[0]
+        features = project_text(self.tower, rows)
+        norm = features.norm(dim=-1, keepdim=True)
+        return rows, norm, features / norm
 
     def pull_back(self, g_logits: Tensor, logits: Tensor, x: Tensor, scale: Tensor) -> Tensor:
         """Gradients in the logits ``[b,V,C]`` of views x ``[b,V,D]`` -> in the context ``[b,M,d]``.
@@ -350,13 +354,16 @@ def free_memory(device: torch.device) -> int:
 
 
 def _images_per_pass(prompts: Prompts, steps: int) -> int:
-    """So many images that the widest activation stays small: in the cache of a CPU, or in 1 GB."""
+    """So many images that the widest activation would stay small: of a few MB (CPU), or of 1 GB.
+
+    On a CPU what is larger leaves the cache, and is fetched from the system anew, page by page.
+    """
     weight = _weight(prompts)
     tokens = sum(len(name) + len(rest) + 1 for name, rest in prompts.tokens)
     if not prompts.fixed_suffixes:
         tokens += prompts.C * prompts.M
     widest = tokens * 4 * weight.shape[1] * weight.element_size()
-    budget = 2**30 if weight.is_cuda else 2**24
+    budget = 2**30 if weight.is_cuda else 2**23
     if steps > 1 and weight.is_cuda:  # the whole graph is kept
         budget //= len(text_tower(prompts.clip.model).transformer.resblocks)
     return max(1, budget // widest)

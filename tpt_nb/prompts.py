@@ -113,6 +113,9 @@ class Prompts:
             ``[C,D]``, or ``[B,C,D]`` for a batch of contexts; the model's dtype and device.
         """
         weight = text_tower(self.clip.model).token_embedding.weight
+        if ctx is None and exact == "fast":
+            start = self.ctx.to(weight)[None]
+            return self.once("text features", lambda: self._fast_features(start)[0])
         ctx = (self.ctx if ctx is None else ctx).to(weight)
         shape = (self.C, *self.ctx.shape[-2:]) if self.class_specific else tuple(self.ctx.shape)
         if tuple(ctx.shape[-len(shape) :]) != shape or ctx.ndim > len(shape) + 1:
@@ -230,7 +233,7 @@ class Prompts:
         position = text_tower(self.clip.model).positional_embedding
         prefix = prefix + position[: prefix.shape[1]]
         if self.fixed_suffixes:
-            return prefix, *self._once("suffixes", lambda: self._suffixes(None))
+            return prefix, *self.once("suffixes", lambda: self._suffixes(None))
         return prefix, *self._suffixes(ctx)
 
     def _suffixes(self, ctx: Tensor | None) -> tuple[list[Tensor], Tensor]:
@@ -266,10 +269,13 @@ class Prompts:
         longest = max(x.shape[2] for x in suffixes)
         if not self.fixed_suffixes or suffixes[0].is_cuda or longest > LONGEST:
             return None
-        return self._once("packed", lambda: Packed(text_tower(self.clip.model), suffixes, order))
+        return self.once("packed", lambda: Packed(text_tower(self.clip.model), suffixes, order))
 
-    def _once(self, what: str, make: Callable):
-        """What depends on the frozen model and the class names alone is made once."""
+    def once(self, what: str, make: Callable):
+        """What ``make`` gives, made once; it must depend on the prompts and the frozen model only.
+
+        While the model is trained, it is made each time.
+        """
         weight = text_tower(self.clip.model).token_embedding.weight
         if weight.requires_grad:  # not frozen: somebody trains it
             return make()
@@ -295,7 +301,7 @@ class Prompts:
                 f"the class name, and a tower of OpenAI's kind; this one has class_token_position="
                 f"{self.class_token_position!r} and class_specific={self.class_specific}."
             )
-        return self._once("jacobian", lambda: self._read_or_make_jacobian(cache))
+        return self.once("jacobian", lambda: self._read_or_make_jacobian(cache))
 
     @property
     def has_jacobian(self) -> bool:

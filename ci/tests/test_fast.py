@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from test_adapt import assert_equal, views_of
 
-from tpt_nb import adapt
+from tpt_nb import adapt, tower
 from tpt_nb import clip as clip_module
 from tpt_nb.losses import LOSSES, get_loss
 from tpt_nb.prompts import Prompts
@@ -55,6 +55,24 @@ def test_packed_rows_equal_the_differentiable_ones(prompts):
     plain = prompts.rows(ctx.requires_grad_(True))
     assert plain.requires_grad and not packed.requires_grad
     torch.testing.assert_close(packed, plain.detach(), atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("laid_out", [True, False], ids=["oneDNN", "plain"])
+def test_packed_rows_in_float32(mini, monkeypatch, laid_out):
+    """Both matrix products, with rows that do not divide the blocks of the MLP."""
+    if not laid_out:
+        monkeypatch.setattr(tower, "lay_out", lambda weight: None)
+    monkeypatch.setattr(tower, "ROWS", 7)
+    prompts = Prompts(mini, NAMES)
+    ctx = contexts(prompts, 3).float()
+    with torch.no_grad():
+        packed = prompts.rows(ctx)
+    layer = prompts.once("packed", lambda: pytest.fail("not used")).blocks[0].up
+    if layer.laid_out is None and laid_out:
+        pytest.skip("this torch has no product with weights laid out")
+    assert (layer.laid_out is not None) == laid_out
+    plain = prompts.rows(ctx.requires_grad_(True)).detach()
+    torch.testing.assert_close(packed, plain, atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize("activation", ["quick_gelu", "gelu", "layer scale"])
