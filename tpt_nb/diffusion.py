@@ -54,7 +54,7 @@ from tpt_nb.paths import DATA, cache_dir
 from tpt_nb.views import as_rgb, center_view
 
 SIDE = 32  # pixels of what the embedded generator makes
-CHUNK = 16  # variations that it makes at once, always: rounding is then the same for each of them
+CHUNK = 8  # variations that it makes at once, always: rounding is then the same for each of them
 WEIGHTS = DATA / "diffusion" / "generator.safetensors"
 SHIPPED = DATA / "diffusion" / "pictures"
 PAPER = "lambdalabs/sd-image-variations-diffusers@v2.0"
@@ -306,11 +306,7 @@ class PipelineGenerator:
         name, _, revision = (self.name, "", "") if folder else self.name.partition("@")
         half = torch.device(self.device).type == "cuda"
         try:
-            pipeline = diffusers.DiffusionPipeline.from_pretrained(
-                name,
-                revision=revision or None,
-                torch_dtype=torch.float16 if half else torch.float32,
-            )
+            pipeline = diffusers.DiffusionPipeline.from_pretrained(name, revision=revision or None)
         except (OSError, ImportError) as error:
             raise ValueError(
                 f"cannot load the diffusion pipeline {self.name!r}: {str(error).strip()}. It takes "
@@ -320,7 +316,7 @@ class PipelineGenerator:
         if getattr(pipeline, "safety_checker", None) is not None:
             pipeline.safety_checker = None  # it blackens pictures; the paper's code has it off
         pipeline.set_progress_bar_config(disable=True)
-        return pipeline.to(self.device)
+        return pipeline.to(self.device, torch.float16 if half else torch.float32)
 
     def make(self, image: Image.Image, seeds: Sequence[int]) -> Tensor:
         """One variation per seed: uint8 ``[n,3,side,side]``."""
@@ -936,7 +932,18 @@ def command_of(config) -> str:
     return " ".join(words)
 
 
+def check_pictures(config, dataset) -> None:
+    """Raise ``ValueError`` if pictures that a run needs are not there, before it starts."""
+    if config.generator != "crops":
+        generator = load_generator(config.generator, config.device)
+        made = pictures_of(
+            dataset, generator, config.generator_seed, config.cache, command_of(config)
+        )
+        made.check(list(dataset.ids), config.n_generated)
+
+
 for _method in (difftpt, difftpt_code, difftpt_paper, difftpt_vote):
     _method.bind = functools.partial(bind, _method)
+    _method.check = check_pictures
     METHODS[_method.__name__] = _method
 NAMES = tuple(m.__name__ for m in (difftpt, difftpt_code, difftpt_paper, difftpt_vote))

@@ -623,6 +623,9 @@ def run(config: RunConfig | Mapping, progress: bool = True) -> Run:
     from tpt_nb.encode import encode
     from tpt_nb.views import AUGMENTERS, make_augmenter
 
+    method = adapt.METHODS[resolved.method]
+    if hasattr(method, "check"):  # what it needs, before hours of encoding
+        method.check(resolved, dataset)
     clip, prompts = model_and_prompts(resolved, dataset.classnames)
     known = AUGMENTERS[resolved.augmenter].__dataclass_fields__
     params = {name: getattr(resolved, name) for name in known if hasattr(resolved, name)}
@@ -646,7 +649,6 @@ def run(config: RunConfig | Mapping, progress: bool = True) -> Run:
     records = _resume(path, list(features.ids))
     if records:
         print(f"{folder.name}: resumed at {len(records)} of {len(features.ids)} images")
-    method = adapt.METHODS[resolved.method]
     if hasattr(method, "bind"):  # what it takes beside features and prompts: captions, a database
         method = method.bind(resolved, clip, dataset)
     done = len(records)
