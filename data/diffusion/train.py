@@ -10,6 +10,10 @@ frame). So it learns to make *other views of what the embedding says*, as views 
 augmentation are, and an object that is small in its scene comes out at a size that 32 px can show.
 One time in ten the embedding is left out, for classifier-free guidance.
 
+The network's map of places (`tpt_nb.diffusion.Network`) takes part from step 3000 on. It was added
+during the only run, when the samples had the colours and not the shapes of what they should show;
+whoever starts anew may well let it take part at once (`--map-from 0`).
+
 Scenes come from the training stream (`iconshift-train`), from indices that MiniCLIP did not see.
 The batch of a step depends on (seed, step) only: a killed run goes on from its last checkpoint.
 
@@ -108,7 +112,7 @@ def pairs(bank: dict, size: int, rng: np.random.Generator) -> tuple[torch.Tensor
 # --- loss ----------------------------------------------------------------------------------------
 
 
-def loss_of(unet, alphas, images, condition, t, noise):
+def loss_of(network, alphas, images, condition, t, noise):
     """Squared error of the velocity, with less weight where there is hardly any noise.
 
     That is min-SNR (Hang et al. 2023) with gamma 5, but 1 where there is hardly any signal: it is
@@ -117,7 +121,7 @@ def loss_of(unet, alphas, images, condition, t, noise):
     a = alphas[t].view(-1, 1, 1, 1)
     noisy = a.sqrt() * images + (1 - a).sqrt() * noise
     velocity = a.sqrt() * noise - (1 - a).sqrt() * images
-    error = (diffusion.predict(unet, noisy, t, condition) - velocity).square().mean((1, 2, 3))
+    error = (network(noisy, t, condition) - velocity).square().mean((1, 2, 3))
     return (error * (5 * (1 - alphas[t])).clamp(max=1)).mean()
 
 
@@ -127,7 +131,7 @@ def schedule_of(step: int, steps: int) -> float:
 
 
 @torch.no_grad()
-def held_out_loss(unet, alphas, bank, center, spread) -> float:
+def held_out_loss(network, alphas, bank, center, spread) -> float:
     """On 256 held-out pairs, the same noise every time."""
     rng, draw = np.random.default_rng(0), torch.Generator().manual_seed(0)
     total = 0.0
@@ -135,16 +139,16 @@ def held_out_loss(unet, alphas, bank, center, spread) -> float:
         images, seen = pairs(bank, 64, rng)
         t = torch.randint(0, 1000, (64,), generator=draw)
         noise = torch.randn(images.shape, generator=draw)
-        total += float(loss_of(unet, alphas, images, (seen - center) / spread, t, noise)) / 4
+        total += float(loss_of(network, alphas, images, (seen - center) / spread, t, noise)) / 4
     return total
 
 
-def sheet(unet, bank, center, spread, path: Path, rows: int = 8) -> None:
+def sheet(network, bank, center, spread, path: Path, rows: int = 8) -> None:
     """A PNG: a crop of a held-out scene, then seven variations from the whole scene's embedding."""
     picks = torch.arange(rows) * 7
     condition = ((bank["seen"][picks, 0] - center) / spread).repeat_interleave(7, 0)
     noise = torch.randn(len(condition), 3, 32, 32, generator=torch.Generator().manual_seed(1))
-    made = diffusion.denoise(unet, diffusion.build_schedule(), noise, condition)
+    made = diffusion.denoise(network, diffusion.build_schedule(), noise, condition)
     made = (made.unflatten(0, (rows, 7)) * 127.5 + 127.5).round().byte()
     grid = torch.cat([bank["made"][picks, :1], made], 1)  # [rows,8,3,32,32]
     pixels = grid.permute(0, 3, 1, 4, 2).reshape(rows * 32, 8 * 32, 3).numpy()
@@ -159,10 +163,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=6500)
+    parser.add_argument("--steps", type=int, default=6200)
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--scenes", type=int, default=30_000)
+    parser.add_argument("--map-from", type=int, default=3000, metavar="STEP")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -174,19 +179,22 @@ def main() -> None:
     alphas = diffusion.build_schedule().alphas_cumprod
 
     torch.manual_seed(args.seed)
-    unet = diffusion.build_unet().to(device).train()
-    average = diffusion.build_unet().eval()
-    average.load_state_dict(unet.state_dict())
+    network = diffusion.Network()
+    with torch.no_grad():  # what has not taken part yet is not heard
+        network.unet.conv_in.weight[:, 12:] = 0
+    average = diffusion.Network().eval()
+    average.load_state_dict(network.state_dict())
+    network = network.to(device).train()
     average.requires_grad_(False)
-    decay = [p for p in unet.parameters() if p.ndim > 1]
-    rest = [p for p in unet.parameters() if p.ndim <= 1]
+    decay = [p for p in network.parameters() if p.ndim > 1]
+    rest = [p for p in network.parameters() if p.ndim <= 1]
     groups = [{"params": decay, "weight_decay": 0.01}, {"params": rest, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.99))
 
     checkpoint, start, seconds = args.out / "checkpoint.pt", 0, 0.0
     if checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=True)
-        unet.load_state_dict(saved["unet"])
+        network.load_state_dict(saved["network"])
         average.load_state_dict(saved["average"])
         optimizer.load_state_dict(saved["optimizer"])
         start, seconds = saved["step"], saved["seconds"]
@@ -199,23 +207,22 @@ def main() -> None:
         condition = (seen - center) / spread
         condition[torch.from_numpy(rng.random(args.batch) < DROP)] = 0
         # one timestep in each of B equal parts of the schedule: less noise in the loss
-        t = (
-            (torch.arange(args.batch) + torch.rand(args.batch, generator=draw)) / args.batch * 1000
-        ).long()
+        t = torch.arange(args.batch) + torch.rand(args.batch, generator=draw)
+        t = (t / args.batch * 1000).long()
         noise = torch.randn(images.shape, generator=draw)
+        network.share = average.share = float(step >= args.map_from)
         for group in optimizer.param_groups:
             group["lr"] = args.lr * schedule_of(step, args.steps)
         with torch.autocast(device, torch.bfloat16):
-            loss = loss_of(
-                unet, alphas.to(device), *(x.to(device) for x in (images, condition, t, noise))
-            )
+            parts = (x.to(device) for x in (images, condition, t, noise))
+            loss = loss_of(network, alphas.to(device), *parts)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(unet.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
         keep = min(DECAY, (step + 1) / (step + 10))
         with torch.no_grad():
-            for mean, now in zip(average.parameters(), unet.parameters(), strict=True):
+            for mean, now in zip(average.parameters(), network.parameters(), strict=True):
                 mean.lerp_(now.to(mean.device), 1 - keep)
         running.append(loss.item())
         done = step + 1
@@ -232,7 +239,7 @@ def main() -> None:
             with (args.out / "log.jsonl").open("a") as file:
                 file.write(json.dumps(row) + "\n")
             print(row, flush=True)
-            state = {"unet": unet.state_dict(), "average": average.state_dict()}
+            state = {"network": network.state_dict(), "average": average.state_dict()}
             state |= {"optimizer": optimizer.state_dict(), "step": done}
             temporary = checkpoint.with_suffix(".tmp")
             torch.save(state | {"seconds": time.perf_counter() - began}, temporary)
