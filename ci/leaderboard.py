@@ -12,6 +12,10 @@ without a change here, and some of them under other prompts (``MORE``). What a r
 nothing. Results of another model, or of code that was changed since (the hash of ``tpt_nb``'s
 methods is part of the name), are not used.
 
+``--cluster local|ADDRESS`` spreads it with Ray (``tpt_nb.cluster``): the features shard by shard,
+then a task per row, variant and seed. Rows that share cores are slower: seconds to be published
+come from a run without it.
+
 Accuracies are means over the seeds; intervals come from drawing images again (each image counts
 with its mean over the seeds, so that seeds do not make images more than they are). Online methods
 are run over ``--orders`` orders per seed. Seconds are of this machine; adapting is timed in batches
@@ -26,6 +30,7 @@ import json
 import os
 import platform
 import sys
+import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +43,7 @@ sys.path.insert(0, str(REPO))
 
 from tpt_nb import adapt, datasets, experiment, metrics  # noqa: E402
 from tpt_nb import clip as clips  # noqa: E402
+from tpt_nb.__main__ import add_cluster_options  # noqa: E402
 from tpt_nb.encode import encode  # noqa: E402
 from tpt_nb.paths import DATA  # noqa: E402
 from tpt_nb.prompts import Prompts, TemplatePrompts  # noqa: E402
@@ -160,8 +166,11 @@ def code_hash() -> str:
     return hashlib.sha256(b"\0".join(texts)).hexdigest()[:12]
 
 
-def collect(args, say) -> dict:
-    """Run what is missing; the raw results: variant -> seed -> label -> measures."""
+def collect(args, say, mine=lambda *share: True) -> dict:
+    """Run what is missing; the raw results: variant -> seed -> label -> measures.
+
+    What is missing is left out where ``mine(variant, seed, label)`` is not true.
+    """
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     clip = clips.load(args.model, device=device)
     mini = args.model == "mini"
@@ -197,6 +206,8 @@ def collect(args, say) -> dict:
                 if path.is_file():
                     results[row.label] = json.loads(path.read_text())
                     continue
+                if not mine(variant, seed, row.label):
+                    continue
                 if features is None:
                     began = time.perf_counter()
                     features = encode(data, clip, augmenter, seed=seed, progress=args.progress)
@@ -215,6 +226,55 @@ def collect(args, say) -> dict:
                 accuracy = np.mean(found["correct"])
                 say(f"  {row.label:24s} {100 * accuracy:5.1f} %  {found['seconds']:6.2f} s")
     return {"about": about | {"device": experiment.device_name(device)}, "raw": raw}
+
+
+def compute(share: tuple) -> dict[str, str]:
+    """One (variant, seed, label) in a folder that is thrown away: file name -> content."""
+    args, one = share
+    with tempfile.TemporaryDirectory() as folder:
+        here = argparse.Namespace(**{**args, "out": Path(folder), "variants": [one[0]]})
+        collect(here, lambda text: None, lambda *other: other == one)
+        return {path.name: path.read_text() for path in Path(folder).glob("*.json")}
+
+
+def spread(args, say) -> None:
+    """Compute what is missing on a cluster; the files come to where ``collect`` looks for them.
+
+    Raises ``ValueError`` for the first row that fails, after all others are done.
+    """
+    from tpt_nb import cluster
+
+    todo: list[tuple] = []
+    collect(args, say, lambda *share: todo.append(share))
+    if not todo:
+        return
+    report, errors = cluster.Report(), []
+    with cluster.connect(args.cluster, args.cluster_workers) as nodes:
+        device = nodes.device(args.device or "auto")
+        jobs = []
+        for variant, seed in dict.fromkeys(share[:2] for share in todo):
+            whole = len(datasets.load(variant, root=args.root))
+            config = experiment.RunConfig(
+                dataset=variant, model=args.model, root=args.root or "", device=device, seed=seed,
+                n_aug=args.n_aug, reduced_size=min(args.n or whole, whole), out=str(args.out),
+                method="confident_view",
+            )  # fmt: skip
+            jobs.append(nodes.job(config, alone=False))
+        for found in cluster.prepare(nodes, jobs, report, args.progress).values():
+            if isinstance(found, Exception):
+                raise found
+        say(report.text())
+        values = vars(args) | {"device": device, "progress": False}
+        shares = [(jobs[0], "leaderboard", "compute", (values, share)) for share in todo]
+        for k, files, error in nodes.tasks(cluster.call_script, shares, device, report.retried):
+            if error:
+                errors.append(f"{todo[k]}: {error}")
+                continue
+            for name, text in files.items():
+                write_json(args.out / name, json.loads(text))
+            say(f"  {' '.join(map(str, todo[k]))}")
+    if errors:
+        raise ValueError(f"{len(errors)} rows failed, the first: {errors[0]}")
 
 
 def summarise(raw: dict, reference: str = "tpt") -> dict:
@@ -341,6 +401,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--out", type=Path, default=REPO / "out" / "leaderboard")
     p.add_argument("--json", action="store_true", help="end with one JSON object on a line")
     p.add_argument("--write", action="store_true", help=f"store it as data/{STORED.name}")
+    add_cluster_options(p)
     p.add_argument("--progress", action="store_true", help="bars while encoding")
     return p
 
@@ -353,6 +414,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.seeds < 1 or args.n < 0 or args.orders < 1:
             raise ValueError("seeds and orders must be at least 1, n 0 (all) or more.")
+        if args.cluster:
+            spread(args, lambda text: print(text, file=sys.stderr, flush=True))
         found = collect(args, lambda text: print(text, file=sys.stderr, flush=True))
     except (ValueError, OSError) as error:
         print(f"python ci/leaderboard.py: {' '.join(str(error).split())}", file=sys.stderr)

@@ -15,6 +15,9 @@ finished is loaded, a killed one goes on. Rows with the same images, model and a
 features through the cache: the first of them encodes, the others wait for it. Rows that fail are
 listed at the end; the exit code is then 1.
 
+``--cluster local|ADDRESS`` does the rows with Ray instead (``tpt_nb.cluster``): first all features,
+shard by shard, then a task per row.
+
 ``DIR`` (runs/<name of the grid> by default) gets the runs, a log per row, ``table.csv`` and
 ``table.md``. ``--save STEM`` writes a table to be committed too, ``STEM.csv`` and ``STEM.md``: what
 was measured on which images with which weights, and nothing that depends on the day or the machine
@@ -40,7 +43,7 @@ from pathlib import Path
 REPO = str(Path(__file__).resolve().parent.parent)
 sys.path.insert(0, REPO)
 
-from tpt_nb.__main__ import Parser, _reader  # noqa: E402
+from tpt_nb.__main__ import Parser, _reader, add_cluster_options  # noqa: E402
 from tpt_nb.experiment import RunConfig, load_run, resolve, run_name, unknown  # noqa: E402
 
 FIELDS = [field.name for field in dataclasses.fields(RunConfig)]
@@ -221,6 +224,38 @@ def run_rows(rows: Sequence[Row], out: Path, jobs: int) -> None:
             process.join()
 
 
+def run_on_cluster(rows: Sequence[Row], out: Path, address: str, workers: int | None) -> None:
+    """Run the rows as tasks of a cluster; fills in their configurations, folders and errors.
+
+    Raises ``ValueError`` if there is no cluster or no Ray, ``OSError`` if the disk is full.
+    """
+    from tpt_nb import cluster
+
+    configs: dict[int, RunConfig] = {}
+    for number, row in enumerate(rows):
+        try:
+            configs[number] = RunConfig.from_dict({**row.values, "out": str(out)})
+        except ValueError as error:
+            row.error = str(error)
+            print(f"{row.label}: failed, {row.error}", flush=True)
+    (out / "logs").mkdir(parents=True, exist_ok=True)
+    numbers, report = list(configs), cluster.Report()
+    with cluster.connect(address, workers) as nodes:
+        for k, done in cluster.run_all(nodes, list(configs.values()), report):
+            row = rows[numbers[k]]
+            row.log = out / "logs" / f"{numbers[k] + 1:02d}.log"
+            if isinstance(done, Exception):
+                row.error = " ".join(str(done).split())
+                row.log.write_text(f"{row.label}\n{row.error}\n")
+                print(f"{row.label}: failed, {row.error}", flush=True)
+                continue
+            row.config, row.folder = done.config, Path(done.dir)
+            row.seconds = done.summary["seconds"]["total"]
+            row.log.write_text(f"{row.label}\n{done.said}")
+            print(f"{row.label}: {row.seconds:.1f} s", flush=True)
+    print(report.text(), flush=True)
+
+
 def startable(waiting: Sequence[Row], running: Iterable[Row], encoded: set[str]) -> Row | None:
     """The first row whose features nobody is encoding and whose folder nobody is writing to.
 
@@ -396,6 +431,7 @@ def parser() -> argparse.ArgumentParser:
     main_parser.add_argument("grid", type=Path, metavar="GRID.yaml")
     main_parser.add_argument("--jobs", type=int, help="rows at a time; default: cores, 1 on CUDA")
     main_parser.add_argument("--json", action="store_true", help="end with one JSON object")
+    add_cluster_options(main_parser)
     main_parser.add_argument("--save", type=Path, metavar="STEM", help="STEM.csv and STEM.md too")
     hints = typing.get_type_hints(RunConfig)
     for field in dataclasses.fields(RunConfig):
@@ -412,17 +448,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code."""
     args = vars(parser().parse_args(argv))
     path, jobs, as_json, stem = (args.pop(name) for name in ("grid", "jobs", "json", "save"))
-    out = Path(args.pop("out", Path("runs") / path.stem))
+    address, workers = args.pop("cluster"), args.pop("cluster_workers")
+    out = args.pop("out", Path("runs") / path.stem)
     began = time.perf_counter()
     try:
+        if "://" in str(out):
+            raise ValueError("out must be a folder here, for the table; cache may be an address")
+        out = Path(out)
         baseline, rows, about = read_grid(path, args)
     except (ValueError, OSError) as error:
         print(f"python ci/sweep.py: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
-    start_server(rows, out)
-    prepare(rows, out)
     try:
-        run_rows(rows, out, max(1, jobs or default_jobs()))
+        if address:
+            run_on_cluster(rows, out, address, workers)
+        else:
+            start_server(rows, out)
+            prepare(rows, out)
+            run_rows(rows, out, max(1, jobs or default_jobs()))
+    except (ValueError, OSError) as error:
+        if not address:
+            raise
+        print(f"python ci/sweep.py: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         return 130

@@ -608,7 +608,6 @@ def prepare(
         if error is None:
             jobs[i]["values"] = found["config"]
     report.seconds["describe"] = time.perf_counter() - began
-    report.seconds["encode"] = 0.0
     subsets: dict[str, set] = {}
     for i, found in sorted(out.items()):
         if isinstance(found, Exception) or found["finished"]:
@@ -680,7 +679,8 @@ def encode_all(
             if failed or again or broken:
                 bar.set_postfix(failed=failed, again=again, broken=len(broken))
     report.failed += failed
-    report.seconds["encode"] += time.perf_counter() - began
+    before = report.seconds.get("encode", 0.0)
+    report.seconds["encode"] = before + time.perf_counter() - began
     if broken:
         k, error = broken[0]
         raise RuntimeError(

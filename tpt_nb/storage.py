@@ -111,13 +111,18 @@ class Storage:
             place = target if whole else f"{base}/{self._temporary()}"
             if not whole:
                 fs.makedirs(base, exist_ok=True)
-            fs.pipe_file(place, data)
-            fs.invalidate_cache()
-            size = fs.info(place)["size"]
-            if size != len(data):  # an upload that was cut off and did not say so
-                raise OSError(f"{size} of {len(data)} bytes arrived")
-            if not whole:
-                fs.mv(place, target)
+            try:
+                fs.pipe_file(place, data)
+                fs.invalidate_cache()
+                size = fs.info(place)["size"]
+                if size != len(data):  # an upload that was cut off and did not say so
+                    raise OSError(f"{size} of {len(data)} bytes arrived")
+                if not whole:
+                    fs.mv(place, target)
+            except BaseException:
+                with contextlib.suppress(Exception):
+                    fs.rm_file(place)
+                raise
 
         self._again("write", name, far if self.remote else local)
 
