@@ -1,7 +1,8 @@
 """``python -m tpt_nb evaluate ...`` does a run, ``python -m tpt_nb compare RUN RUN`` compares two,
 ``python -m tpt_nb build-database ...`` embeds images for retrieval,
 ``python -m tpt_nb generate ...`` makes variations of images by diffusion,
-``python -m tpt_nb download NAME`` brings a data set.
+``python -m tpt_nb download NAME`` brings a data set, ``python -m tpt_nb plan`` says beforehand
+what a large run will take.
 
 Mistakes in what was asked for (a name, a value, a file) are one line on stderr and exit code 2; set
 ``TPT_NB_TRACEBACK=1`` to see where they come from.
@@ -68,6 +69,32 @@ def parser() -> argparse.ArgumentParser:
     build.add_argument("--out", required=True, metavar="DIR", help="folder of the database")
     build.add_argument("--model", default="mini", help="as in evaluate (default: mini)")
     build.add_argument("--device", default="", help="cpu, cuda ... (default: cuda if there is one)")
+    plan = commands.add_parser(
+        "plan", help="passes, disk, hours and cost of a large run", allow_abbrev=False
+    )
+    for name, default, text in (
+        ("--dataset", "imagenet", "by name; it need not be here"),
+        ("--model", "RN50", "one that data/costs.json or --costs has"),
+        ("--device", "cuda", "cuda, or cpu: workers are then processes of one core each"),
+        ("--cache", "", "where the features will be; default: $TPT_NB_CACHE or ~/.cache/tpt_nb"),
+        ("--costs", "", "what ci/bench/tpt.py --json printed on your machine"),
+    ):
+        plan.add_argument(name, default=default, metavar="X", help=f"{text} (default: {default!r})")
+    for name, kind, default, text in (
+        ("--views", int, 64, "of an image, itself included"),
+        ("--seeds", int, 1, "of the views; each is encoded apart"),
+        ("--images", int, None, "instead of the size of the data set"),
+        ("--classes", int, None, "instead of those of the data set"),
+        ("--price", float, 2.0, "of a GPU per hour, in any currency; an assumption"),
+        ("--images-per-second", float, None, "that one GPU encodes, with all their views"),
+        ("--spread", float, 0.2, "of the time of a shard: standard deviation of its logarithm"),
+        ("--failures", float, 0.01, "probability that a task fails and is done again"),
+    ):
+        plan.add_argument(name, type=kind, default=default, metavar="X", help=f"{text} ({default})")
+    plan.add_argument("--methods", nargs="+", default=["tpt"], metavar="NAME")
+    plan.add_argument("--workers", nargs="+", type=int, default=[1, 8, 64], metavar="N",
+                      help="GPUs (or processes); default: 1 8 64")  # fmt: skip
+    plan.add_argument("--json", action="store_true", help="end with one JSON object on a line")
     generate = commands.add_parser(
         "generate", help="make variations of images, for difftpt", allow_abbrev=False
     )
@@ -183,6 +210,16 @@ def _compare(args: argparse.Namespace) -> None:
         print(json.dumps({"a": runs[0].name, "b": runs[1].name, **c}))
 
 
+def _plan(args: argparse.Namespace) -> None:
+    from tpt_nb import plan
+
+    values = {k: v for k, v in vars(args).items() if k not in ("command", "json", "costs")}
+    found = plan.plan(**values, measured=plan.read_costs(args.costs))
+    print(plan.text(found))
+    if args.json:
+        print(json.dumps(found))
+
+
 def _download(args: argparse.Namespace) -> None:
     from tpt_nb import sources
 
@@ -246,7 +283,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if rest:
         options = [f"--{field.name}" for field in dataclasses.fields(RunConfig)]
         word = rest[0].split("=")[0].replace("-", "_").replace("__", "--", 1)
+        plan_options = ("dataset", "model", "device", "cache", "costs", "views", "seeds", "images",
+                        "classes", "price", "images-per-second", "spread", "failures", "methods",
+                        "workers", "json")  # fmt: skip
         known = {
+            "plan": [f"--{name}" for name in plan_options],
             "evaluate": [*options, "--json", "--cluster", "--cluster-workers"],
             "compare": ["--json", "--out", "--seed"],
             "build-database": ["--images", "--out", "--model", "--device"],
@@ -257,7 +298,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     try:
         does = {"evaluate": _evaluate, "compare": _compare, "build-database": _build_database}
-        does |= {"download": _download, "generate": _generate}
+        does |= {"download": _download, "generate": _generate, "plan": _plan}
         does[args.command](args)
     except (ValueError, OSError) as error:
         if os.environ.get("TPT_NB_TRACEBACK"):
