@@ -1,11 +1,13 @@
 """The hidden tests of the real notebooks: the reference passes them, usual mistakes do not."""
 
+import secrets
 from pathlib import Path
 
 import nbformat
 import pytest
 
-from tpt_nb.course import grading, masters, sandbox
+from tpt_nb import check
+from tpt_nb.course import grading, grafts, masters, sandbox
 
 REPO = Path(__file__).resolve().parents[2]
 MISTAKES = {
@@ -66,12 +68,49 @@ MISTAKES = {
 }
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("number", sorted({q[:2] for q in MISTAKES}))
-def test_the_reference_passes_and_mistakes_do_not(number, tmp_path):
+def master_of(number: str) -> masters.Master:
     (path,) = (REPO / "notebooks").glob(f"{number}_*.ipynb")
-    master = masters.load_master(path)
-    assert all(question.tests for question in master.questions.values())
+    return masters.load_master(path)
+
+
+def values_of(notebook: nbformat.NotebookNode, monkeypatch) -> dict[str, list[dict]]:
+    """What each cell of a grafted notebook hands over. It runs here: it is our own code."""
+    given: list[dict] = []
+    monkeypatch.setattr("IPython.display.display", lambda data, raw: given.append(data[check.MIME]))
+    names, found = {"__name__": "__main__"}, {}
+    for cell in notebook.cells:
+        exec(compile(cell.source, cell.id, "exec"), names)
+        found[cell.id], given[:] = list(given), []
+    return found
+
+
+@pytest.mark.parametrize("number", sorted({q[:2] for q in MISTAKES}))
+def test_hidden_tests_tell_mistakes_from_answers(number, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(check.SEED, str(secrets.randbelow(2**31)))  # another one for each grading
+    master = master_of(number)
+    right = {q: question.solution for q, question in master.questions.items()}
+    reference, again = (values_of(grafts.graft(master, right), monkeypatch) for _ in range(2))
+    for q, question in master.questions.items():
+        assert question.tests, q
+        old, new = MISTAKES[q]
+        assert old in question.solution, q
+        wrong = values_of(
+            grafts.graft(master, right | {q: question.solution.replace(old, new)}), monkeypatch
+        )
+        problems = []
+        for cell in grafts.test_cells(question):
+            assert len(reference[cell]) == len(wrong[cell]) > 0
+            for value, same, other in zip(reference[cell], again[cell], wrong[cell], strict=True):
+                assert grading.differs(same, value) == "", q
+                problems.append(grading.differs(other, value))
+        assert any(problems), f"{q}: the hidden tests do not notice {new!r} for {old!r}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", ["01", "02", "10"])  # those that need the model
+def test_the_reference_passes_and_mistakes_do_not(number, tmp_path):
+    master = master_of(number)
     right = masters.solution_version(master)
     wrong = masters.solution_version(master)
     for cell in wrong.cells:
