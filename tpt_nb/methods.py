@@ -261,7 +261,7 @@ def tps(
     x, text = features.to(logits), prompts.text_features().detach()
     scale = prompts.clip.logit_scale.to(x)
     chosen = select_confident(logits, rho)
-    kept = x.gather(1, chosen[..., None].expand(-1, -1, x.shape[-1]))  # [B,k,D]
+    kept = _take(x, chosen)  # [B,k,D]
     outs, losses_ = [], []
     size = max(1, 2**24 // text.numel())
     for part, view0 in zip(kept.split(size), x[:, 0].split(size), strict=True):

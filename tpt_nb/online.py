@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tpt_nb.adapt import METHODS, Adapted, _as_mask, _back, _initial_logits
 from tpt_nb.losses import entropy, marginal_entropy, select_confident
+from tpt_nb.methods import _take
 from tpt_nb.prompts import Prompts, TemplatePrompts
 
 
@@ -117,8 +118,7 @@ def _stream(
     x = features.to(logits)
     b, _, c = logits.shape
     chosen = select_confident(logits, rho)
-    kept = logits.gather(1, chosen[..., None].expand(-1, -1, c))  # [B,k,C]
-    keys = x.gather(1, chosen[..., None].expand(-1, -1, x.shape[-1]))  # [B,k,D]
+    kept, keys = _take(logits, chosen), _take(x, chosen)  # [B,k,C], [B,k,D]
     base, feature = kept.mean(1), keys.mean(1)
     loss = torch.vmap(lambda z: marginal_entropy(z, 1.0))(kept)
     mean_prob, view_entropy = kept.softmax(-1).mean(1), entropy(kept)
