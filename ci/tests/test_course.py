@@ -214,7 +214,9 @@ def test_a_graft_has_the_answers_the_tests_and_what_they_need(master, given):
         q.id: submissions.find_answer(q, given["reference"].cells).source
         for q in master.questions.values()
     }
-    cells = {cell.id: cell.source for cell in grafts.graft(master, answers).cells}
+    made = grafts.graft(master, answers).cells
+    assert [c.metadata.tpt.q for c in made if "tpt" in c.metadata] == ["90.1", "90.2", "90.3"]
+    cells = {cell.id: cell.source for cell in made}
     assert list(cells) == [
         *("setup", "offset", "ex1", "ex1-test", "ex2", "ex2-random", "ex2-ties", "ex3"),
         "ex3-checks",

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import course_world as world
 import pytest
+from nbformat.v4 import new_code_cell, new_notebook
 
 from tpt_nb.course import grading, masters, sandbox
 from tpt_nb.course.__main__ import main
@@ -219,6 +220,20 @@ def test_a_report_of_any_form_is_read(quick, monkeypatch):
     runs, ended = grading.execute(world.master(), 0, quick.options)
     assert ended == "" and [run["cell"] for run in runs] == ["a"]
     assert json.dumps(runs)
+
+
+def test_the_master_s_own_cells_have_more_time_than_an_answer():
+    sleep = "import time\ntime.sleep({})"
+    cells = [new_code_cell(sleep.format(4), id="setup")]
+    for name in ("quick", "slow", "never"):
+        source = sleep.format(0 if name == "quick" else 4)
+        cells.append(new_code_cell(source, id=name, metadata={"tpt": {"q": name}}))
+    options = grading.Options(way=hides(), cell_seconds=2)
+    runs, ended = grading.execute(new_notebook(cells=cells), 0, options)
+    assert ended == ""
+    found = [(run["cell"], run["outcome"]) for run in runs]
+    assert found == [("setup", "passed"), ("quick", "passed"), ("slow", "time-out")]
+    assert runs[-1]["detail"] == "not finished within 2 s"
 
 
 @pytest.mark.slow

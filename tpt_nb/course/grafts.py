@@ -254,8 +254,10 @@ def graft(master: Master, answers: dict[str, str], level: str = "statements") ->
     for i in needed(sources, wanted):
         cells.setdefault(ids[i], []).append(sources[i])
     notebook = nbformat.v4.new_notebook()
+    given = {master.questions[q].cell: {"tpt": {"q": q}} for q in answers}
     notebook.cells = [
-        nbformat.v4.new_code_cell("\n".join(parts), id=ident) for ident, parts in cells.items()
+        nbformat.v4.new_code_cell("\n".join(parts), id=ident, metadata=given.get(ident, {}))
+        for ident, parts in cells.items()
     ]
     notebook.metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3"}}
     return notebook

@@ -2,9 +2,10 @@
 
 It runs in the sandbox, next to code that nobody trusts, so nothing here decides anything: it sends
 on what the cells handed over with ``tpt_nb.check.report``, and ``course.grading`` compares that
-outside. It also mends habits of nbval that cost time: a kernel that died is
-noticed at once and not after the cell's time limit, output without end is cut off, and after a cell
-that did not end nothing more is run.
+outside. It also mends habits of nbval that cost time: a kernel that died is noticed at once and not
+after the cell's time limit, output without end is cut off, and after a cell that did not end
+nothing more is run. Cells in front of the first answer (imports, the model) are the master's own,
+and slow on a busy machine: they get ``OWN`` seconds.
 """
 
 import json
@@ -20,6 +21,7 @@ from nbval.kernel import RunningKernel
 from tpt_nb.check import MIME
 from tpt_nb.course.sandbox import PR_SET_DUMPABLE, REPORT, prctl
 
+OWN = 120  # seconds that a cell in front of the first answer may take at least
 PATIENCE = 15  # seconds that nbval may need beyond the time limit of a cell
 OUTPUT = 10 << 20  # bytes of output of one cell, more ends the run
 FATAL = ("time-out", "died", "flood")  # after these there is no kernel to go on with
@@ -41,6 +43,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """What is to come is in memory now; the kernel, which starts later, shall not read it."""
+    limit, is_own = float(session.config.option.nbval_cell_timeout), True
+    for item in session.items:
+        is_own = is_own and not item.cell.metadata.get("tpt")
+        item.seconds = max(limit, OWN) if is_own else limit
     for path in {item.path for item in session.items}:
         path.unlink()
 
@@ -110,7 +116,7 @@ def pytest_runtest_call(item: pytest.Item):
     """Run a cell, and say when it starts and how it ends."""
     cell = item.cell.get("id", "")
     send(cell=cell, event="start")
-    limit = item.config.option.nbval_cell_timeout
+    limit = item.config.option.nbval_cell_timeout = item.seconds
     watch = threading.Timer(limit + PATIENCE, give_up, (cell, limit))
     watch.daemon = True
     watch.start()
