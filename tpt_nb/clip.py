@@ -93,13 +93,15 @@ class Clip:
         return self.model.logit_scale.detach().float().exp().squeeze()
 
     @torch.no_grad()
-    def encode_views(self, views: Tensor, batch: int = 256) -> Tensor:
+    def encode_views(self, views: Tensor, batch: int = 256, checked: bool = True) -> Tensor:
         """Features of views that already have the model's image size.
 
         Args:
             views: ``[V,3,H,W]``, uint8 in 0..255 or float in [0,1]; normalised here.
             batch: views per pass of the image encoder, at most; on a GPU fewer where memory is
                 short, and half as many after a pass that ran out of it.
+            checked: on a GPU, wait for each pass to see whether it overflowed in half precision,
+                and compute it again if so; False: whoever asked looks for numbers not finite.
         Returns:
             ``[V,D]`` float32, unit norm, on the model's device.
         Raises:
@@ -111,7 +113,7 @@ class Clip:
         step = min(batch, self.max_views or batch, self._room())
         while done < len(views):
             try:
-                features.append(self._encode_pass(views[done : done + step]))
+                features.append(self._encode_pass(views[done : done + step], checked))
                 done += step
                 continue
             except torch.OutOfMemoryError as error:
@@ -128,7 +130,7 @@ class Clip:
             return torch.empty(0, self.embed_dim, device=self.device)
         return torch.cat(features)
 
-    def _encode_pass(self, views: Tensor) -> Tensor:
+    def _encode_pass(self, views: Tensor, checked: bool = True) -> Tensor:
         """One pass of the image encoder: ``[V,3,S,S]`` -> ``[V,D]`` float32, unit norm."""
         dtype = next(self.model.parameters()).dtype
         mean = torch.tensor(self.mean, device=self.device, dtype=dtype).view(1, 3, 1, 1)
@@ -140,7 +142,7 @@ class Clip:
             kind = self.device.type
             with torch.autocast(kind, amp or torch.bfloat16, enabled=amp is not None):
                 features = self.model.encode_image(x).float()
-            if amp != torch.float16 or features.isfinite().all():
+            if amp != torch.float16 or not checked or features.isfinite().all():
                 break
         return F.normalize(features, dim=-1)
 

@@ -13,6 +13,11 @@ Why the features do not depend on what was cached: in float32 the last bits of a
 the batch it was computed in. So every image is encoded as a batch of its own, its V views,
 whatever the shard, the subset or the point of a resume. (On CUDA this also needs deterministic
 kernels to hold to the last bit.)
+
+On a GPU nothing waits for anything else: workers decode images and draw the crops, which are cut
+where the encoder is (:mod:`tpt_nb.resample`); copies to the device and back go through pinned
+memory; a few images are under way while the rows of the first come back; and a thread writes the
+shards. On a CPU the workers cut the crops, which is faster there. The key of the cache says which.
 """
 
 import errno
@@ -24,7 +29,9 @@ import shutil
 import time
 import warnings
 import zlib
+from collections import deque
 from collections.abc import Callable, Container, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,11 +43,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from tpt_nb import resample
 from tpt_nb.paths import cache_dir
 from tpt_nb.views import as_rgb, view_seed
 
 FORMAT = 1  # raise it when shards change: older caches are then not used
 STALE_SECONDS = 3600
+AHEAD = 3  # images that a GPU works on while the rows of an earlier one come back
 
 
 @dataclass
@@ -94,7 +103,8 @@ def encode(
         seed: of the views; image i gets ``view_seed(seed, ids[i])``.
         cache: folder; None for the usual one (:func:`tpt_nb.paths.cache_dir`), False for no cache.
         workers: processes that load images and make views; None picks. No effect on the result.
-        shard: images per cache file, at most. A kill costs no more than this many.
+        shard: images per cache file, at most. A kill costs no more than this many (on a GPU, where
+            shards are written in a thread, twice this many).
         progress: tqdm bar with images/s and time left (never with ``TQDM_DISABLE=1``).
 
     Raises:
@@ -148,11 +158,12 @@ def fill(
     """
     failed, buffer = [], []
     start = time.perf_counter()
+    loaded = _load(dataset, augmenter, seed, missing, clip, workers)
+    writer = _Writer(write) if _device(clip).type == "cuda" else None
+    write = writer.put if writer else write
     try:
-        for i, views, target, error in _load(dataset, augmenter, seed, missing, clip, workers):
+        for i, row, target, error in _encode_ahead(loaded, clip):
             if error is None:
-                with torch.no_grad():
-                    row = clip.encode_views(views).to("cpu", torch.float32)
                 now = time.perf_counter()
                 store.put(i, row, target, now - start)
                 start = now
@@ -169,7 +180,80 @@ def fill(
     finally:  # also when a notebook cell is stopped: what is encoded is kept
         if buffer:
             write(buffer)
+        if writer:
+            writer.close()
     return failed
+
+
+class _Writer:
+    """Calls ``write`` in a thread, one call at a time; an error surfaces in the next call."""
+
+    def __init__(self, write: Callable[[list[int]], None]) -> None:
+        self.write, self.pool, self.last = write, ThreadPoolExecutor(max_workers=1), None
+
+    def put(self, chosen: list[int]) -> None:
+        """Write these, when those before are written."""
+        if self.last:
+            self.last.result()
+        self.last = self.pool.submit(self.write, chosen)
+
+    def close(self) -> None:
+        """Wait for the last one."""
+        self.pool.shutdown()
+        if self.last:
+            self.last.result()
+
+
+def _device(clip) -> torch.device:
+    return torch.device(getattr(clip, "device", "cpu"))
+
+
+def planned(clip, augmenter) -> bool:
+    """Are the crops cut where the encoder is?"""
+    return resample.fits(_device(clip)) and getattr(augmenter, "only_crops", False)
+
+
+@torch.no_grad()
+def _encode_ahead(loaded: Iterator, clip, ahead: int | None = None) -> Iterator[tuple]:
+    """Encode what :func:`_load` gives: (index, row [V,D] float32 on the CPU, target, error).
+
+    A GPU gets the next ``ahead`` images before the row of the first is waited for.
+    """
+    device = _device(clip)
+    ahead = AHEAD * (device.type == "cuda") if ahead is None else ahead
+    under_way: deque = deque()
+    for i, views, target, error in loaded:
+        if isinstance(views, resample.Plan):
+            views = resample.render(views, clip.image_size, device)
+        under_way.append((i, None if error else _start(clip, views), target, error))
+        while len(under_way) > ahead:
+            yield _arrived(clip, *under_way.popleft())
+    while under_way:
+        yield _arrived(clip, *under_way.popleft())
+
+
+def _start(clip, views: Tensor) -> tuple:
+    """The row on its way to the CPU, an event that says that it is there, and its views."""
+    if _device(clip).type != "cuda":
+        return clip.encode_views(views).to("cpu", torch.float32), None, views
+    row = clip.encode_views(views, checked=False).float()
+    here = torch.empty(row.shape, pin_memory=True)
+    here.copy_(row, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+    return here, event, views
+
+
+def _arrived(clip, i: int, under_way: tuple | None, target: int, error: str | None) -> tuple:
+    """Wait for a row; one that overflowed in half precision is encoded again, in another."""
+    if under_way is None:
+        return i, None, target, error
+    row, event, views = under_way
+    if event is not None:
+        event.synchronize()
+        if not row.isfinite().all():
+            row = clip.encode_views(views).to("cpu", torch.float32)
+    return i, row, target, None
 
 
 class Store:
@@ -202,9 +286,11 @@ def cache_key(dataset, clip, augmenter, seed: int) -> dict:
     for statistic in ("mean", "std"):
         key["model"][statistic] = [float(x) for x in getattr(clip, statistic, ())]
     # half precision on CUDA, and double() for tests, give other numbers than float32
-    key["model"]["device"] = torch.device(getattr(clip, "device", "cpu")).type
+    key["model"]["device"] = _device(clip).type
     if isinstance(getattr(clip, "model", None), torch.nn.Module):
         key["model"]["dtype"] = str(next(clip.model.parameters()).dtype)
+    if planned(clip, augmenter):  # within a grey level of Pillow's, but other pixels
+        key["crops"] = "tensor"
     if getattr(dataset, "targets", None) is None:
         key["dataset"]["classnames"] = list(dataset.classnames)
     return key
@@ -232,20 +318,24 @@ def _check(dataset, ids: list[str], clip, augmenter, shard: int) -> None:
 
 
 class _Views(Dataset):
-    """(index, views, target, error) per image; picklable, so that any kind of worker can run it."""
+    """(index, views, target, error) per image; picklable, so that any kind of worker can run it.
 
-    def __init__(self, dataset, augmenter, seed: int):
-        self.dataset, self.augmenter, self.seed = dataset, augmenter, seed
+    With ``plan`` the views are not cut yet (:class:`tpt_nb.resample.Plan`).
+    """
+
+    def __init__(self, dataset, augmenter, seed: int, plan: bool = False):
+        self.dataset, self.seed = dataset, seed
+        self.make = augmenter.plan if plan else augmenter
         self.ids = dataset.ids
 
-    def __getitem__(self, i: int) -> tuple[int, Tensor | None, int, str | None]:
+    def __getitem__(self, i: int) -> tuple[int, Tensor | resample.Plan | None, int, str | None]:
         try:
             image, target = self.dataset[i]
             image = as_rgb(image)  # PIL decodes here, not when it opens the file
         except Exception as error:
             return i, None, -1, f"{type(error).__name__}: {error}"
         # An error of the augmenter is a bug, not a damaged image: it surfaces.
-        return i, self.augmenter(image, view_seed(self.seed, self.ids[i])), int(target), None
+        return i, self.make(image, view_seed(self.seed, self.ids[i])), int(target), None
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -256,10 +346,11 @@ def _load(dataset, augmenter, seed: int, indices: list[int], clip, workers: int 
         workers = _auto_workers(len(indices), clip, augmenter)
     return iter(
         DataLoader(
-            _Views(dataset, augmenter, seed),
+            _Views(dataset, augmenter, seed, planned(clip, augmenter)),
             sampler=indices,
             batch_size=None,
             num_workers=workers if indices else 0,
+            pin_memory=_device(clip).type == "cuda",
             # a generator of its own: DataLoader would draw from (and so change) the global one
             generator=torch.Generator(),
         )
@@ -271,7 +362,7 @@ def _auto_workers(n: int, clip, augmenter) -> int:
     cores = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
-    cuda = torch.device(getattr(clip, "device", "cpu")).type == "cuda"
+    cuda = _device(clip).type == "cuda"
     workers = min(8, cores - 1) if cuda else int(cores > 2)
     if n < 32:  # not worth starting processes
         return 0

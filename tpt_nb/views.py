@@ -9,6 +9,9 @@ un-augmented image: shorter side resized to S (bicubic), centre crop. Views are 
 encoder's business. The memory layout is channels_last, which is what numpy gives and what the
 encoder wants: use ``reshape``, not ``view``, on them.
 
+An augmenter whose views are crops and nothing else (``only_crops``) also has ``plan(image, seed)``,
+which draws the same views and leaves the resampling to :mod:`tpt_nb.resample`.
+
 Views are drawn from ``(seed, image id)`` through :func:`view_seed` alone: neither the order of the
 images nor the number of worker processes matters, and torch's and numpy's global generators are
 left as they were.
@@ -24,6 +27,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
+
+from tpt_nb import resample
 
 BILINEAR, BICUBIC = Image.Resampling.BILINEAR, Image.Resampling.BICUBIC
 # torchvision's RandomResizedCrop defaults, which TPT keeps.
@@ -74,6 +79,26 @@ def center_view(image: Image.Image, size: int) -> Image.Image:
         image = image.resize((size, height), BICUBIC, box=rows)
         return image.resize((size, size), BICUBIC, box=columns)
     return image.resize(shape, BICUBIC).crop((left, top, left + size, top + size))
+
+
+def center_axes(boxes: np.ndarray, size: int) -> np.ndarray:
+    """:func:`center_view` of each box (left, top, right, bottom) of an image, as axes [2,n,6]."""
+    (left, top, right, bottom) = boxes.T
+    width, height = right - left, bottom - top
+    short, long = np.minimum(width, height), np.maximum(width, height)
+    out = np.where([width == short, height == short], size, (size * long / short).astype(int))
+    first = np.rint((out - size) / 2)
+    return np.stack(
+        [
+            resample.axis(low, high, out[k], first[k], reach=resample.BICUBIC)
+            for k, (low, high) in enumerate([(left, right), (top, bottom)])
+        ]
+    )
+
+
+def as_plan(image: Image.Image, axes: np.ndarray) -> resample.Plan:
+    """An RGB image and the axes [2,V,6] of its views."""
+    return resample.Plan(torch.from_numpy(np.array(image)), torch.from_numpy(axes))
 
 
 def crop_boxes(width: int, height: int, uniforms: np.ndarray) -> np.ndarray:
@@ -276,15 +301,7 @@ class RandomViews:
         """Views [V,3,size,size] of a PIL image: uint8; float32 in [0,1] for real-valued mixes."""
         image = as_rgb(image)
         size = self.size
-        # One block of uniforms for all crops, row k for view k: fast, and a prefix for a smaller
-        # n_aug.
-        uniforms = np.random.default_rng(seed).random((self.n_aug, 4 * CROP_TRIES + 1))
-        draws = uniforms[:, :-1].reshape(self.n_aug, CROP_TRIES, 4)
-        if self.crop_side is None:
-            boxes = crop_boxes(*image.size, draws)
-        else:
-            boxes = side_boxes(*image.size, self.crop_side, draws[:, 0, 2:])
-        flips = uniforms[:, -1] < 0.5
+        boxes, flips = self.draw(*image.size, seed)
         mix, is_float = self._mixer()
         pixels = np.empty((self.n_views, size, size, 3), np.float32 if is_float else np.uint8)
         pixels[0] = np.asarray(center_view(image, size))
@@ -306,6 +323,34 @@ class RandomViews:
         if is_float:
             np.clip(pixels / np.float32(255), 0, 1, out=pixels)
         return torch.from_numpy(pixels).permute(0, 3, 1, 2)
+
+    def draw(self, width: int, height: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """Boxes (x, y, w, h) of the crops, int [n_aug,4], and which are flipped, bool [n_aug]."""
+        # One block of uniforms for all crops, row k for view k: fast, and a prefix for a smaller
+        # n_aug.
+        uniforms = np.random.default_rng(seed).random((self.n_aug, 4 * CROP_TRIES + 1))
+        draws = uniforms[:, :-1].reshape(self.n_aug, CROP_TRIES, 4)
+        if self.crop_side is None:
+            boxes = crop_boxes(width, height, draws)
+        else:
+            boxes = side_boxes(width, height, self.crop_side, draws[:, 0, 2:])
+        return boxes, uniforms[:, -1] < 0.5
+
+    @property
+    def only_crops(self) -> bool:
+        """Are the views crops of the image, with nothing done to them but flips?"""
+        return not (self.augmix or self.autoaugment)
+
+    def plan(self, image: Image.Image, seed: int) -> resample.Plan:
+        """The views of :meth:`__call__`, drawn but not resampled; for ``only_crops``."""
+        image = as_rgb(image)
+        (x, y, w, h), flips = (a.T for a in self.draw(*image.size, seed))
+        crops = [
+            resample.axis(x, x + w, self.size, mirror=flips),
+            resample.axis(y, y + h, self.size),
+        ]
+        whole = center_axes(np.array([(0, 0, *image.size)]), self.size)
+        return as_plan(image, np.concatenate([whole, np.stack(crops)], axis=1))
 
     def _mixer(self) -> tuple[Callable | None, bool]:
         """The function applied to each crop, and whether its pixels are real numbers."""
@@ -402,13 +447,28 @@ class PatchViews:
             spec |= {"augmix": self.augmix_ops, "severity": self.severity}
         return spec
 
+    def boxes(self, width: int, height: int) -> np.ndarray:
+        """Boxes (left, top, right, bottom), int [P+1,4]: the image, then its patches."""
+        whole = np.array([(0, 0, width, height)])
+        if not self.grid:
+            return whole
+        return np.concatenate([whole, patch_boxes(width, height, self.grid, self.overlap)])
+
+    @property
+    def only_crops(self) -> bool:
+        """Are the views crops of the image, with nothing done to them?"""
+        return not self.augmix
+
+    def plan(self, image: Image.Image, seed: int) -> resample.Plan:
+        """The views of :meth:`__call__`, not resampled yet; for ``only_crops``."""
+        image = as_rgb(image)
+        axes = center_axes(self.boxes(*image.size), self.size)
+        return as_plan(image, axes.repeat(self.n_aug + 1, axis=1))
+
     def __call__(self, image: Image.Image, seed: int) -> Tensor:
         """Views [V,3,size,size] of a PIL image: uint8; float32 in [0,1] with TPT's AugMix."""
         image, size = as_rgb(image), self.size
-        crops = [image]
-        if self.grid:
-            boxes = patch_boxes(*image.size, self.grid, self.overlap)
-            crops += [image.crop(box) for box in boxes.tolist()]
+        crops = [image.crop(box) for box in self.boxes(*image.size).tolist()]
         is_float = self.augmix and self.augmix_ops == "tpt"
         shape = (*self.groups, size, size, 3)
         pixels = np.empty(shape, np.float32 if is_float else np.uint8)

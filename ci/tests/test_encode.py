@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import warnings
 from pathlib import Path
@@ -22,6 +23,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from tpt_nb import encode as encode_module
+from tpt_nb import resample
 from tpt_nb.encode import cache_key, encode
 from tpt_nb.views import RandomViews, view_seed
 
@@ -447,3 +449,91 @@ def test_ids_must_be_unique(tmp_path):
     data.ids = ["a", "b", "a"]
     with pytest.raises(ValueError, match="'a' appears more than once"):
         encode(data, Encoder(), VIEWS, cache=tmp_path, progress=False)
+
+
+# --- the path of a GPU, on the CPU ---------------------------------------------------------------
+
+
+def on_gpu(monkeypatch):
+    """Crops are cut where the encoder is, as on a GPU."""
+    monkeypatch.setattr(resample, "fits", lambda device: True)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_crops_cut_where_the_encoder_is(tmp_path, monkeypatch, workers):
+    usual = run(6, tmp_path)
+    on_gpu(monkeypatch)
+    encoder = Encoder()
+    here = run(6, tmp_path, encoder, workers=workers)
+    assert encoder.calls == 6 and here.ids == usual.ids  # not served from the others' cache
+    assert torch.equal(here.targets, usual.targets)
+    assert 0 < (here.features - usual.features).abs().max() < 1e-3
+    keys = [json.loads(path.read_text()) for path in tmp_path.glob("features/*/manifest.json")]
+    assert sorted(key.get("crops", "") for key in keys) == ["", "tensor"]
+    data = Pictures(6)
+    plan = VIEWS.plan(data[2][0], view_seed(0, data.ids[2]))
+    views = resample.render(plan, SIZE)
+    assert torch.equal(here.features[2], Encoder().encode_views(views))
+    again = Encoder()
+    assert same(run(6, tmp_path, again), here) and again.calls == 0
+
+
+def test_mixed_views_are_made_by_the_workers_everywhere(tmp_path, monkeypatch):
+    views = RandomViews(n_aug=2, size=SIZE, augmix=True)
+    params = {"cache": tmp_path, "workers": 0, "progress": False}
+    first = encode(Pictures(3), Encoder(), views, **params)
+    on_gpu(monkeypatch)
+    assert same(encode(Pictures(3), Encoder(), views, **params), first)
+    assert len(list(tmp_path.glob("features/*"))) == 1
+
+
+@pytest.mark.parametrize("ahead", [1, 3, 20])
+def test_images_under_way_come_back_in_order(monkeypatch, ahead):
+    monkeypatch.setattr(encode_module, "AHEAD", 0)
+    data, encoder = Pictures(8, {0: OSError("x"), 5: OSError("y")}), Encoder()
+    loaded = encode_module._load(data, VIEWS, 0, list(range(8)), encoder, 0)
+    expected = list(encode_module._encode_ahead(loaded, encoder))
+    loaded = encode_module._load(data, VIEWS, 0, list(range(8)), encoder, 0)
+    rows = encode_module._encode_ahead(loaded, encoder, ahead)
+    before = encoder.calls
+    first = next(rows)
+    assert first[0] == 0 and first[3] == "OSError: x"
+    assert encoder.calls - before == min(ahead, 7) - (ahead >= 5)
+    rest = [first, *rows]
+    assert [row[0] for row in rest] == list(range(8)) and rest[5][3] == "OSError: y"
+    for mine, theirs in zip(rest, expected, strict=True):
+        assert mine[0] == theirs[0] and mine[2:] == theirs[2:]
+        assert mine[1] is None if mine[3] else torch.equal(mine[1], theirs[1])
+
+
+def test_a_row_that_overflowed_is_encoded_again():
+    class Event:
+        def synchronize(self):
+            row[:] = float("inf")  # what arrives
+
+    row, encoder = torch.zeros(4, 24), Encoder()
+    views = VIEWS(Pictures(1)[0][0], 0)
+    _, again, target, _ = encode_module._arrived(encoder, 7, (row, Event(), views), 2, None)
+    assert torch.equal(again, Encoder().encode_views(views)) and target == 2
+
+
+def test_the_writing_thread_keeps_the_order_and_hands_on_errors():
+    written, free = [], threading.Event()
+
+    def write(chosen):
+        free.wait(30)
+        if chosen == [2]:
+            raise OSError(errno.ENOSPC, "full")
+        written.append(chosen)
+
+    writer = encode_module._Writer(write)
+    writer.put([0])
+    assert written == []  # nobody waited
+    free.set()
+    writer.put([1])
+    writer.put([2])
+    with pytest.raises(OSError, match="full"):
+        writer.put([3])
+    assert written == [[0], [1]]
+    with pytest.raises(OSError, match="full"):
+        writer.close()

@@ -11,9 +11,11 @@ import torchvision.transforms as T
 import torchvision.transforms.functional as F
 from PIL import Image
 
+from tpt_nb import resample
 from tpt_nb import views as views_module
 from tpt_nb.views import (
     AUGMIX_OPS,
+    PatchViews,
     RandomViews,
     center_view,
     crop_boxes,
@@ -261,3 +263,86 @@ def test_views_are_fast():
         times.append(time.perf_counter() - start)
     assert min(times) < 0.05, f"{min(times) * 1e3:.1f} ms"
     assert views_module.RandomViews().n_views == 64
+
+
+# --- resampled as matrix products ----------------------------------------------------------------
+
+SHAPES = [(500, 375), (224, 224), (97, 301), (40, 31), (1, 1), (2000, 3), (3, 700), (65, 64)]
+
+
+def agree(mine: torch.Tensor, pillow: torch.Tensor) -> None:
+    """Within one grey level on 99.9 % of the pixels, and no pixel far away."""
+    assert mine.shape == pillow.shape and mine.dtype == torch.uint8
+    apart = (mine.int() - pillow.int()).abs()
+    assert (apart > 1).float().mean() < 1e-3 and apart.max() < 16
+
+
+def equal_but_for_ties(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """A product summed in another order may round a tie the other way, and no more."""
+    apart = (a.int() - b.int()).abs()
+    return bool(apart.max() <= 1 and (apart > 0).float().mean() < 1e-3)
+
+
+@pytest.mark.parametrize("size", [64, 224])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_planned_crops_are_pillows(shape, size):
+    image = picture(*shape)
+    for augmenter in (
+        RandomViews(n_aug=9, size=size),
+        RandomViews(n_aug=4, size=size, crop_side=0.3),
+        PatchViews(n_aug=1, n_patches=9, overlap=0.4, size=size),
+    ):
+        assert augmenter.only_crops
+        plan = augmenter.plan(image, 5)
+        assert plan.pixels.shape == (shape[1], shape[0], 3)
+        agree(resample.render(plan, size), augmenter(image, 5))
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "P", "I;16"])
+def test_planned_crops_of_any_mode(mode):
+    image = picture(90, 70).convert("I") if mode == "I;16" else picture(90, 70, mode=mode)
+    augmenter = RandomViews(n_aug=5, size=64)
+    agree(resample.render(augmenter.plan(image, 1), 64), augmenter(image, 1))
+
+
+def test_flips_and_prefixes_of_a_plan():
+    image = picture(80, 60)
+    plan = RandomViews(n_aug=20, size=32).plan(image, 3)
+    views = resample.render(plan, 32)
+    fewer = resample.render(RandomViews(n_aug=8, size=32).plan(image, 3), 32)
+    assert equal_but_for_ties(views[:9], fewer)
+    mirrored = plan.axes.clone()
+    mirrored[0, :, 4] = 1 - mirrored[0, :, 4]
+    again = resample.render(plan._replace(axes=mirrored), 32)
+    assert equal_but_for_ties(again, views.flip(-1))
+    assert 4 < plan.axes[0, :, 4].sum() < 16  # half of the crops
+
+
+def test_a_plan_in_parts_is_the_same_and_stays_within_its_budget(monkeypatch):
+    plan = RandomViews(n_aug=12, size=32).plan(picture(200, 150), 0)
+    whole, parts = resample.render(plan, 32), []
+    render = resample._render
+    monkeypatch.setattr(resample, "_render", lambda *a: parts.append(len(a[1][0])) or render(*a))
+    monkeypatch.setitem(resample.BUDGET, "cpu", 2**20)
+    assert equal_but_for_ties(resample.render(plan, 32), whole)
+    assert sum(parts) == 13 and max(parts) < 5
+
+
+def test_weights_add_up_and_stay_inside():
+    axes = np.concatenate(
+        [
+            resample.axis([3, 10], [50, 11], 16, mirror=[0, 1]),
+            resample.axis(0, 57, 40, 12, reach=resample.BICUBIC),
+        ]
+    )
+    weights = resample.weights(torch.from_numpy(axes), 57, 16)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(3, 16))
+    assert not weights[0, :, :3].any() and not weights[0, :, 50:].any()
+    assert torch.equal(weights[1].nonzero()[:, 1], torch.full((16,), 10))
+    assert (weights[:2] >= 0).all() and (weights[2] < 0).any()  # the lobes of the cubic filter
+
+
+def test_mixed_views_have_no_plan():
+    for params in VARIANTS[1:]:
+        assert not RandomViews(**params).only_crops
+    assert not PatchViews(augmix=True).only_crops
