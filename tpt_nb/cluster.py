@@ -414,9 +414,9 @@ class Cluster:
         times at most, with a line in ``retried``. Few are under way at a time.
         """
         ray = self.ray
-        remote = ray.remote(function).options(
-            num_cpus=1, num_gpus=int(device.startswith("cuda")), max_retries=0, max_calls=0
-        )
+        # a worker keeps its process, and with it the model, also where it has a GPU (max_calls)
+        gpus = int(device.startswith("cuda"))
+        remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=0, max_calls=0)(function)
         waiting = deque((i, 1) for i in range(len(arguments)))
         flying: dict = {}
         idle_since = time.monotonic()
@@ -503,18 +503,13 @@ def connect(address: str, workers: int | None = None) -> Iterator[Cluster]:
         options |= {"object_store_memory": STORE_MEMORY, "include_dashboard": False}
         if workers and not os.path.exists("/dev/nvidia0"):
             options["num_cpus"] = workers
-    for attempt in range(3 if local else 1):
-        try:
-            context = ray.init(**options)
-            break
-        except Exception as error:  # Ray raises plain ones, too
-            ray.shutdown()
-            hint = "start one with `ray start --head`, or say --cluster local"
-            if local:  # Ray gives its own processes half a minute, which a busy machine may exceed
-                hint = "its logs are in /tmp/ray/session_latest/logs; is the machine very busy?"
-            if attempt == 2 or not local:
-                what = "Ray does not start here" if local else f"no Ray cluster is at {address}"
-                raise ValueError(f"{what} ({_first_line(error)}); {hint}.") from error
+    try:
+        context = ray.init(**options)
+    except Exception as error:  # Ray raises plain ones, too
+        what, hint = f"no Ray cluster is at {address}", "start one with `ray start --head`"
+        if local:  # Ray gives its own processes half a minute, which a busy machine may exceed
+            what, hint = "Ray does not start here", "is the machine very busy? Then try again"
+        raise ValueError(f"{what} ({_first_line(error)}); {hint}.") from error
     try:
         if getattr(context, "dashboard_url", None):
             print(f"Ray's dashboard: http://{context.dashboard_url}")

@@ -293,22 +293,22 @@ class FakeRay:
     def cluster_resources(self) -> dict:
         return {"CPU": self.cpus}
 
-    def remote(self, function):
+    def remote(self, **options):
         outer = self
+        assert options["max_retries"] == 0  # tries are ours, so that they can be told
 
         class Remote:
-            def options(self, **kwargs):
-                assert kwargs["max_retries"] == 0  # ours, so that they can be told
-                return self
+            def __init__(self, function):
+                self.function = function
 
             def remote(self, argument):
                 outer.attempts[argument] += 1
-                ref = (function, argument, outer.attempts[argument])
+                ref = (self.function, argument, outer.attempts[argument])
                 outer.flying.add(ref)
                 outer.most = max(outer.most, len(outer.flying))
                 return ref
 
-        return Remote()
+        return Remote
 
     def wait(self, refs, timeout):
         return refs[-1:], refs[:-1]
