@@ -222,6 +222,17 @@ def test_a_report_of_any_form_is_read(quick, monkeypatch):
     assert json.dumps(runs)
 
 
+@pytest.mark.parametrize(("q", "status"), [("90.1", "blank"), ("90.2", "error")])
+def test_a_stub_is_blank_where_it_is_not_another_one_that_an_answer_called(tmp_path, q, status):
+    (master,) = masters.load_masters(world.write_master(tmp_path)).values()
+    question = master.questions["90.1"]
+    reference = grading.Reference({"ex1-test": [array(1.0)]})
+    run = {"cell": "ex1-test", "outcome": "error", "values": []}
+    run["detail"] = f"NotImplementedError: exercise {q}"
+    row = grading.score(question, [run], reference)
+    assert (row.status, row.points) == (status, 0) and q in row.reason
+
+
 def test_the_master_s_own_cells_have_more_time_than_an_answer():
     sleep = "import time\ntime.sleep({})"
     cells = [new_code_cell(sleep.format(4), id="setup")]

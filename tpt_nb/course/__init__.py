@@ -20,7 +20,8 @@ answers and tests need is kept, and no solution. nbval runs that in a sandbox
 reference solutions. Then, outside of the sandbox, value by value: a test passes if the answer
 gave what the reference gave. The tests of a question share its points; what is not a pass is
 worth nothing, and the reason is written down. An answer that ends the run (a loop without end, a
-dead kernel) is taken out, and the rest runs again.
+dead kernel) is taken out, and the rest runs again. An answer that calls another answer gets what
+that one gives (04.2 calls 04.1): the solution in its place would have to be in the sandbox.
 
 **Threat model.** Answers are hostile programs. Trusted are who starts the grading, the masters
 and the installed packages.

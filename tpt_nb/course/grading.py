@@ -197,7 +197,8 @@ def score(question: Question, runs: list[dict], reference: Reference) -> Row:
         detail = str(failed[0]["detail"])
         reasons.insert(0, detail)
         if not passed:
-            status = "blank" if detail.startswith("NotImplementedError") else "error"
+            untouched = detail == f"NotImplementedError: exercise {question.id}"
+            status = "blank" if untouched else "error"
     reason = clean("; ".join(dict.fromkeys(reasons)))[:500]
     return Row("", "", question.id, points, question.points, status, reason)
 
