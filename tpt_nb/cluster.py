@@ -430,9 +430,10 @@ class Cluster:
                 if slots:
                     idle_since = time.monotonic()
                 elif time.monotonic() - idle_since > 60:
+                    what = "GPU" if gpus else "CPU"
                     raise ValueError(
-                        "no worker is left in the cluster; what is finished is kept, the same "
-                        "command goes on from there"
+                        f"the cluster has had no {what} for a minute; what is finished is kept, "
+                        "the same command goes on from there"
                     )
                 for ref in ray.wait(list(flying), timeout=2)[0]:
                     i, attempt = flying.pop(ref)
@@ -580,6 +581,8 @@ def run_all(
         device = jobs[0]["values"]["device"]
         for k, result, error in cluster.tasks(adapt_config, arguments, device, report.retried):
             report.seconds["adapt"] = time.perf_counter() - began
+            if error is None:
+                result["said"] = ready[left[k]]["said"] + result["said"]
             yield left[k], error or _done(jobs[left[k]], result)
 
 
