@@ -144,10 +144,54 @@ def interval(gain: list[float]) -> str:
     return f"{value:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
+def cost(r: dict) -> str:
+    """What TPT costs, from the JSON of ``ci/bench/tpt.py``."""
+    gigabytes = {k: v / 2**30 for k, v in (r["memory_bytes"] or {}).items() if v}
+    lines = [
+        f"{r['model']} at full size (random weights: the cost does not depend on them), "
+        f"{r['classes']:,} classes, {r['views']} views, float32, "
+        + " ".join(filter(None, [r.get("processor"), r["device"]]))
+        + f", torch {r['torch'].split('+')[0]}; "
+        + ("one run" if r["repeats"] == 1 else f"medians of {r['repeats']} runs")
+        + (f", **{r['note']}**" if r.get("note") else "")
+        + ":",
+        "",
+        "| seconds per image | image encoder | views | adaptation | all | of the encoder |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for name, key in (("as the paper's code does it", "paper_s"), ("here", "fast_s")):
+        whole = r["floor_s"] + r["views_s"] + r[key]
+        cells = [f"{x:.3g}" for x in (r["floor_s"], r["views_s"], r[key], whole)]
+        lines.append(f"| {name} | " + " | ".join([*cells, f"{whole / r['floor_s']:.2f}"]) + " |")
+    text = (
+        f"Adaptation alone takes {r['ratio_adapt']:.0f} times less, all of it "
+        f"{r['ratio_end_to_end']:.1f} times less"
+    )
+    if r["memory_ratio"]:
+        text += (
+            f", with {r['memory_ratio']:.2f} of the memory ({gigabytes['fast']:.1f} of "
+            f"{gigabytes['paper']:.1f} GB)"
+        )
+    a = r["agreement"]
+    same = a["same_prediction"] and a["same_selection"]
+    text += (
+        f". Predictions and selected views {'are the same' if same else 'DIFFER'}, logits are "
+        f"within {a['largest_logit_difference']:.0e}."
+    )
+    if "once_s" in r:
+        text += f" What belongs to the initial context is made once: {r['once_s']:.1f} s."
+    grown = r.get("growth", {}).get("classes", {})
+    if grown:
+        parts = [f"{row['over_floor']:.2f} with {int(n):,}" for n, row in grown.items()]
+        text += f" All of it is this many times the encoder: {', '.join(parts)} classes."
+    return "\n".join([*lines, "", text])
+
+
 EVALUATION = MINICLIP / "evaluation.json"
 SECTIONS = [  # page, name of the section, file of the numbers, how to say them
     (REPO / "README.md", "results", EVALUATION, table),
     (REPO / "README.md", "leaderboard", REPO / "data" / "leaderboard.json", leaderboard),
+    (REPO / "README.md", "cost", REPO / "data" / "bench_rn50.json", cost),
     (MINICLIP / "README.md", "results", EVALUATION, table),
     (MINICLIP / "README.md", "training", MINICLIP / "training.jsonl", training),
     (MINICLIP / "README.md", "coop", MINICLIP / "coop.json", coop),

@@ -62,3 +62,26 @@ def test_check_fails_on_a_typed_number(tmp_path, monkeypatch):
 
 def test_every_section_has_its_markers():
     assert len(readme.pages()) == 3
+
+
+def test_cost_says_what_the_benchmark_measured():
+    measured = {
+        "model": "RN50", "classes": 200, "views": 64, "repeats": 3, "device": "cpu (x86_64)",
+        "torch": "2.9.0+cu130", "floor_s": 4.0, "views_s": 0.05, "paper_s": 40.0, "fast_s": 0.75,
+        "ratio_adapt": 53.3, "ratio_end_to_end": 9.2, "memory_ratio": 0.25,
+        "memory_bytes": {"paper": 8 * 2**30, "fast": 2 * 2**30}, "once_s": 1.25,
+        "agreement": {
+            "images": 4, "same_prediction": True, "same_selection": True,
+            "largest_logit_difference": 2e-5,
+        },
+        "growth": {"classes": {"1000": {"fast_s": 3.0, "over_floor": 1.76}}},
+    }  # fmt: skip
+    text = readme.cost(measured)
+    assert "| here | 4 | 0.05 | 0.75 | 4.8 | 1.20 |" in text
+    assert "| as the paper's code does it | 4 | 0.05 | 40 | 44 | 11.01 |" in text
+    assert "53 times less" in text and "2.0 of 8.0 GB" in text and "are the same" in text
+    assert "1.76 with 1,000 classes" in text and "**" not in text
+    measured |= {"note": "other jobs ran", "memory_ratio": None, "memory_bytes": {"paper": None}}
+    measured["agreement"]["same_selection"] = False
+    text = readme.cost(measured)
+    assert "runs, **other jobs ran**:" in text and "GB" not in text and "DIFFER" in text
