@@ -179,8 +179,14 @@ class _Start:
         if by_matrix:
             self.rows, self.norm, self.text = prompts.once("start", lambda: self._at_start(prompts))
         else:
-            self.graph = prompts.text_features(self.ctx.requires_grad_(True))
+            self.ctx, self.graph = prompts.once("graph", lambda: self._with_graph(prompts))
             self.text = self.graph.detach()
+
+    def _with_graph(self, prompts: Prompts) -> tuple[Tensor, Tensor]:
+        """The context, and the text features with the graph that leads back to it."""
+        with torch.enable_grad():
+            ctx = self.ctx.requires_grad_(True)
+            return ctx, prompts.text_features(ctx)
 
     @torch.no_grad()
     def _at_start(self, prompts: Prompts) -> tuple[Tensor, Tensor, Tensor]:

@@ -164,8 +164,8 @@ class Linear:
     """
 
     def __init__(self, weight: Tensor, bias: Tensor, silu: bool = False) -> None:
-        self.weight, self.bias, self.silu = weight, bias, silu
-        self.laid_out = lay_out(weight)
+        self.bias, self.silu, self.laid_out = bias, silu, lay_out(weight)
+        self.weight = weight if self.laid_out is None else None
 
     def __call__(self, x: Tensor) -> Tensor:
         """``[N,k] -> [N,n]``, and then ``x * sigmoid(x)`` if ``silu``."""
