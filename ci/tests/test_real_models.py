@@ -391,6 +391,9 @@ def test_what_leaves_the_range_of_float16_is_computed_again(monkeypatch):
     assert [dtype for _, dtype in clip.model.passes] == chosen
     expected = wrapped(Encoder()).encode_views(VIEWS)
     torch.testing.assert_close(features, expected, atol=0, rtol=2**-7)  # 8 bits
+    clip.model.passes.clear()
+    unchecked = clip.encode_views(VIEWS, checked=False)  # whoever does not wait can still see it
+    assert not unchecked.isfinite().all() and len(clip.model.passes) == 1
 
 
 def test_the_cpu_computes_as_the_weights_are():
