@@ -241,6 +241,12 @@ def test_an_archive_serves_what_the_folder_lacks(scenes, tmp_path, monkeypatch):
     assert torch.equal(elsewhere.read(scenes.ids[1], 3), made.read(scenes.ids[1], 3))
 
 
+def test_the_variations_of_the_notebooks_images_ship(tmp_path):
+    images = datasets.load("iconshift-a", n=100)
+    shipped = pictures_of(images, diffusion.load_generator("mini"), cache=tmp_path)
+    shipped.check(images.ids, 16)  # the error says how to make them again; then diffusion.ship
+
+
 def test_file_names_are_safe_and_differ():
     names = {diffusion.file_name(i) for i in ("a/b.jpg", "a-b.jpg", "ä/../x" * 60, "")}
     assert len(names) == 4 and all("/" not in n and len(n) < 100 for n in names)

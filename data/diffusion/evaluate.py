@@ -5,8 +5,7 @@
 
 All on source validation scenes (`iconshift-v2`): how often MiniCLIP, zero-shot, sees in a variation
 the class of the image that it was made from; how near variations are to their image and to one
-another, against random crops; what they cost. The guidance that is used by default was chosen from
-this table, on these images.
+another, against random crops; what they cost.
 """
 
 import argparse
@@ -113,7 +112,7 @@ def sheet(images: list, made: list[torch.Tensor], names: list[str]) -> None:
         for k, cell in enumerate(cells):
             left = x + k * (side + gap) + (2 * gap if k else 0)
             canvas.paste(cell.resize((side, side), Image.Resampling.BICUBIC), (left, y + line))
-    canvas.save(HERE / "samples.png", optimize=True)
+    canvas.quantize(256, dither=Image.Dither.NONE).save(HERE / "samples.png", optimize=True)
 
 
 def card(found: dict, log: list[dict]) -> None:
