@@ -288,7 +288,7 @@ class FakeRay:
 
     def __init__(self, dies=lambda argument, attempt: False, cpus: int = 2):
         self.dies, self.cpus = dies, cpus
-        self.attempts, self.most, self.flying = Counter(), 0, set()
+        self.attempts, self.most, self.flying = Counter(), 0, {}
 
     def cluster_resources(self) -> dict:
         return {"CPU": self.cpus}
@@ -301,30 +301,30 @@ class FakeRay:
             def __init__(self, function):
                 self.function = function
 
-            def remote(self, argument):
-                outer.attempts[argument] += 1
-                ref = (self.function, argument, outer.attempts[argument])
-                outer.flying.add(ref)
+            def remote(self, *arguments):
+                outer.attempts[str(arguments)] += 1
+                number = sum(outer.attempts.values())
+                ref = self.function, arguments, outer.attempts[str(arguments)]
+                outer.flying[number] = ref
                 outer.most = max(outer.most, len(outer.flying))
-                return ref
+                return number
 
         return Remote
 
     def wait(self, refs, timeout):
         return refs[-1:], refs[:-1]
 
-    def get(self, ref):
-        function, argument, attempt = ref
-        self.flying.discard(ref)
-        if self.dies(argument, attempt):
+    def get(self, number):
+        function, arguments, attempt = self.flying.pop(number)
+        if self.dies(arguments[0], attempt):
             raise self.exceptions.RayError("the worker died")
         try:
-            return function(argument)
+            return function(*arguments)
         except Exception as error:
             raise self.exceptions.RayTaskError(error) from error
 
-    def cancel(self, ref, force):
-        self.flying.discard(ref)
+    def cancel(self, number, force):
+        self.flying.pop(number)
 
 
 def half(x: int) -> dict:
@@ -347,7 +347,7 @@ def test_tasks_are_done_again_and_none_stops_the_rest():
     assert "worker died" in str(results[3][1])
     assert isinstance(results[5][1], ValueError) and isinstance(results[6][1], OSError)
     tries = {3: cluster.TRIES, 4: 3, 5: 1, 6: cluster.TRIES}
-    assert ray.attempts == Counter({x: tries.get(x, 1) for x in range(20)})
+    assert ray.attempts == Counter({f"({x},)": tries.get(x, 1) for x in range(20)})
     again = sum(n - 1 for n in tries.values())
     assert len(retried) == again + 1 and "read 8" in retried
     assert ray.most == 4  # two at work, two waiting: the driver does not run ahead
@@ -365,7 +365,7 @@ def test_what_is_under_way_is_ended_with_the_driver():
     tasks = cluster.Cluster(ray, None, True).tasks(half, [(x,) for x in range(9)], "cpu", [])
     next(tasks)
     tasks.close()
-    assert ray.flying == set()
+    assert ray.flying == {}
 
 
 def test_broken_parts_are_named_after_the_others_are_done(monkeypatch, config):
@@ -395,6 +395,33 @@ def test_parts_are_many_and_not_large():
             size = cluster.part_size(images, workers)
             assert 1 <= size <= cluster.SHARD
             assert size in (1, cluster.SHARD) or -(-images // size) >= 8 * workers
+
+
+@pytest.fixture
+def inline(monkeypatch) -> list[FakeRay]:
+    """A cluster that runs its tasks in this process, each for the first time in vain."""
+    used = []
+
+    @contextlib.contextmanager
+    def connect(address, workers=None):
+        used.append(FakeRay(lambda argument, attempt: attempt == 1))
+        yield cluster.Cluster(used[-1], workers, True)
+
+    monkeypatch.setattr(cluster, "connect", connect)
+    return used
+
+
+def test_the_command(config, plain, inline, capsys, tmp_path):
+    given = {k: v for k, v in dataclasses.asdict(config).items() if v not in ("", None)}
+    options = [f"--{k}={v}" for k, v in given.items() if not isinstance(v, bool)]
+    for says in ("55 images: 54 encoded in", "nothing computed"):
+        assert cli.main(["evaluate", *options, "--cluster", "here", "--json"]) == 0
+        out = capsys.readouterr().out
+        assert says in out and "profile " in out
+        assert json.loads(out.splitlines()[-1])["n"] == 54
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert lines(folder) == lines(plain)
+    assert min(inline[0].attempts.values()) == 2  # each task was done again
 
 
 # --- without Ray ---------------------------------------------------------------------------------
