@@ -17,6 +17,9 @@ whoever starts anew may well let it take part at once (`--map-from 0`).
 Scenes come from the training stream (`iconshift-train`), from indices that MiniCLIP did not see.
 The batch of a step depends on (seed, step) only: a killed run goes on from its last checkpoint.
 
+What ships is `generator.safetensors` of the output folder and its `log.jsonl`, as `training.jsonl`;
+evaluate.py then writes the card, and pictures that were made before have to be made again.
+
 With more: `--scenes 200000 --batch 256 --steps 100000` on a GPU (bfloat16 there too) is what a run
 of some hours would be; the network in tpt_nb/diffusion.py could then be wider, and 64 px large.
 """
