@@ -56,6 +56,11 @@ MISTAKES = {
     "08.2": ("torch.cat([a, -b])[order]", "torch.cat([a, -b])"),
     "08.3": ("w0 / (w0 + wr)", "wr / (w0 + wr)"),
     "08.4": (".softmax(-1).mean(1)", ".mean(1).softmax(-1)"),
+    "09.1": ("1 + M + sum(", "sum("),  # the prefix is computed, too
+    "09.2": (".triu(1)", ".triu(0).tril(-1)"),  # no mask
+    "09.3": ("scale * g_logits.T @ f", "g_logits.T @ f"),
+    "09.4": ("(1 - lr * weight_decay) * ctx", "ctx"),
+    "09.5": ("24 * d**2", "12 * d**2"),  # multiplications alone
     "10.1": ("counts + 1e-3 * kept.softmax(-1).mean(1)", "counts"),  # ties: the first class
     "10.2": (" / len(logits)", ""),
     "10.3": (".softmax(-1).square().sum(1)", ".softmax(-1).sum(1)"),
