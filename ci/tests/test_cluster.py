@@ -424,6 +424,46 @@ def test_the_command(config, plain, inline, capsys, tmp_path):
     assert min(inline[0].attempts.values()) == 2  # each task was done again
 
 
+def test_a_sweep_is_the_same_on_a_cluster(config, inline, capsys, tmp_path):
+    common = {k: v for k, v in dataclasses.asdict(config).items() if v not in ("", None)}
+    del common["out"], common["cache"]
+    rows = [{"label": "vote", "method": "vote"}, {"label": "mta", "method": "mta"},
+            {"label": "few", "method": "vote", "n_aug": 3}, {"label": "wrong", "method": "votte"},
+            {"label": "worse", "methid": "vote"}]  # fmt: skip
+    grid = {"common": common, "baseline": "vote", "rows": rows}
+    Path("g.yaml").write_text(json.dumps(grid))  # YAML too
+    tables = []
+    for place in (["--jobs", "1"], ["--cluster", "here"]):
+        command = ["g.yaml", "--json", "--out", f"o{len(tables)}", "--cache", f"c{len(tables)}"]
+        assert sweep.main([*command, *place]) == 1  # two rows cannot work
+        result = json.loads(capsys.readouterr().out.splitlines()[-1])
+        assert "did you mean 'vote'" in result["failed"][0]["error"]
+        assert [f["label"] for f in result["failed"]] == ["wrong", "worse"]
+        tables.append([{**r, "seconds_per_image": 0} for r in result["rows"]])
+    assert tables[0] == tables[1] and len(tables[0]) == 3
+    shards = [len(list(tmp_path.glob(f"c1/features/{k.name}/*.safetensors")))
+              for k in tmp_path.glob("c1/features/*")]  # fmt: skip
+    assert len(shards) == 2 and inline[0].attempts  # vote and mta share their features
+    assert sweep.main(["g.yaml", "--cluster", "here", "--out", "s3://bucket/x"]) == 2
+    assert "out must be a folder" in capsys.readouterr().err
+
+
+def test_a_leaderboard_is_the_same_on_a_cluster(inline, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("TPT_NB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    command = ["--variants", "iconshift-a", "--methods", "vote", "--n", "8", "--n_aug", "3"]
+    found = []
+    for place in ([], ["--cluster", "here"]):
+        out = ["--out", str(tmp_path / f"l{len(found)}"), "--json"]
+        assert leaderboard.main([*command, *out, *place]) == 0
+        table = json.loads(capsys.readouterr().out.splitlines()[-1])
+        found.append({r["row"]: (r["mean"], r["ece"]) for r in table["rows"]})
+    assert found[0] == found[1] and "vote" in found[0]
+    files = [sorted(p.name for p in tmp_path.glob(f"l{k}/*.json")) for k in (0, 1)]
+    assert files[0] == files[1]
+    assert len(inline[0].attempts) == 1 + len(files[1])  # the features were there
+
+
 # --- without Ray ---------------------------------------------------------------------------------
 
 
