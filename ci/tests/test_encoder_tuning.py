@@ -26,7 +26,8 @@ def test_a_tower_that_does_not_move_is_tpt(world):
     tpt = adapt.tpt(features.features, prompts, rho=0.3, lr=0.02)
     out = method(features.features, prompts, ids=features.ids, rho=0.3, lr=0.02, encoder_lr=0.0)
     torch.testing.assert_close(out.logits, tpt.logits, atol=1e-3, rtol=0)
-    torch.testing.assert_close(out.logits_before, tpt.logits_before)
+    # the project's bound for logits in float32: the initial text features are made in two ways
+    torch.testing.assert_close(out.logits_before, tpt.logits_before, atol=1e-4, rtol=0)
     assert torch.equal(out.selected, tpt.selected)
 
 
