@@ -25,7 +25,7 @@ from tpt_nb.adapt import (
     _weight,
 )
 from tpt_nb.clip import Clip
-from tpt_nb.losses import check_rho, marginal_entropy, select_confident
+from tpt_nb.losses import marginal_entropy, select_confident
 from tpt_nb.prompts import Prompts
 
 
@@ -59,7 +59,6 @@ def tune_encoder(
         )
     if not encoder_lr >= 0:
         raise ValueError(f"encoder_lr must be at least 0, got {encoder_lr}.")
-    check_rho(rho)
     logits = _initial_logits(features, prompts)
     chosen = torch.vmap(lambda z: select_confident(z, rho))(logits)
     model, x0 = prompts.clip, features.to(_weight(prompts))
@@ -81,15 +80,15 @@ def tune_encoder(
                 w.grad = None
             groups = [{"params": [ctx], "lr": lr}, {"params": weights, "lr": encoder_lr}]
             step = OPTIMIZERS["adamw"](groups)
-            # the loss sees nothing but the confident views: no others need pixels or gradients
-            some = _encode(model, views[chosen[i].cpu()])
+            # encode_views with gradients, for the confident views: the loss sees no others
+            some = model._encode_pass(views[chosen[i].cpu()])
             _check_same(name, some.detach(), x0[i, chosen[i]])
             z = model.logit_scale.to(x0) * some.to(x0) @ prompts.text_features(ctx).T
             loss = marginal_entropy(z, rho, torch.arange(len(z), device=z.device))
             loss.backward()
             step.step()
             with torch.no_grad():
-                tuned, first = prompts.text_features(ctx), _encode(model, views[:1])
+                tuned, first = prompts.text_features(ctx), model._encode_pass(views[:1])
                 after.append(model.logit_scale.to(x0) * first[0].to(x0) @ tuned.T)
             losses.append(loss.detach())
             contexts.append(ctx.detach())
@@ -100,11 +99,6 @@ def tune_encoder(
             w.grad = None
     parts = (torch.stack(after), logits[:, 0], torch.stack(losses), _as_mask(chosen, features))
     return Adapted(*_back(features, *parts, torch.stack(contexts)))
-
-
-def _encode(clip: Clip, views: Tensor) -> Tensor:
-    """``encode_views`` with gradients: the pass itself, without the check and the batches."""
-    return clip._encode_pass(views)
 
 
 def _check_same(name: str, now: Tensor, cached: Tensor) -> None:
@@ -119,12 +113,11 @@ def _check_same(name: str, now: Tensor, cached: Tensor) -> None:
 
 def bind(config, clip: Clip, dataset) -> Callable:
     """``tune_encoder`` that makes the views of a (filled-in) run configuration again."""
-    from tpt_nb.views import AUGMENTERS, as_rgb, make_augmenter, view_seed
+    from tpt_nb.experiment import augmenter_of
+    from tpt_nb.views import as_rgb, view_seed
 
     position = {name: k for k, name in enumerate(dataset.ids)}
-    known = AUGMENTERS[config.augmenter].__dataclass_fields__
-    params = {name: getattr(config, name) for name in known if hasattr(config, name)}
-    augmenter = make_augmenter(config.augmenter, size=clip.image_size, **params)
+    augmenter = augmenter_of(config, clip.image_size)
 
     def pixels(name: str) -> Tensor:
         image = as_rgb(dataset[position[name]][0])

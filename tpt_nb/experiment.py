@@ -621,15 +621,12 @@ def run(config: RunConfig | Mapping, progress: bool = True) -> Run:
 
     from tpt_nb import adapt
     from tpt_nb.encode import encode
-    from tpt_nb.views import AUGMENTERS, make_augmenter
 
     method = adapt.METHODS[resolved.method]
     if hasattr(method, "check"):  # what it needs, before hours of encoding
         method.check(resolved, dataset)
     clip, prompts = model_and_prompts(resolved, dataset.classnames)
-    known = AUGMENTERS[resolved.augmenter].__dataclass_fields__
-    params = {name: getattr(resolved, name) for name in known if hasattr(resolved, name)}
-    augmenter = make_augmenter(resolved.augmenter, size=clip.image_size, **params)
+    augmenter = augmenter_of(resolved, clip.image_size)
     folder.mkdir(parents=True, exist_ok=True)
     _write_json(folder / "config.json", header)
     loaded = time.perf_counter()
@@ -696,6 +693,15 @@ def run(config: RunConfig | Mapping, progress: bool = True) -> Run:
     _report_failed(summary)
     _hint_at_chance(summary, len(dataset.classnames))
     return result
+
+
+def augmenter_of(resolved: RunConfig, size: int):
+    """The augmenter of a (filled-in) configuration, with views of ``size`` pixels."""
+    from tpt_nb.views import AUGMENTERS, make_augmenter
+
+    known = AUGMENTERS[resolved.augmenter].__dataclass_fields__
+    params = {name: getattr(resolved, name) for name in known if hasattr(resolved, name)}
+    return make_augmenter(resolved.augmenter, size=size, **params)
 
 
 def load_run(path: str | Path) -> Run:
