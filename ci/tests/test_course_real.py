@@ -45,6 +45,11 @@ MISTAKES = {
     "05.3": ("p * (v - (p * v).sum())", "v"),  # of the first softmax alone
     "05.4": ("losses.log_mean_prob(logits[chosen])", "logits[chosen].mean(0)"),
     "05.5": (" - gain**2", ""),
+    "06.1": ("(1 - a).sqrt()", "(1 - a)"),
+    "06.2": ("- (1 - a).sqrt() * v", "+ (1 - a).sqrt() * v"),
+    "06.3": ("else 1", "else 0"),  # the original has to pass, too
+    "06.4": ("views * per_view", "per_view"),
+    "06.5": ("int(targets.bincount().max())", "1"),  # mostly another image of the same class
     "07.1": ("caption[:start] + name + caption[end:]", "caption.replace(caption[start:end], name)"),
     "07.2": (" - count) / (count * (count - 1))", ") / count**2"),  # with the diagonal
     "07.3": (".amax(-1)", ".mean(-1)"),
