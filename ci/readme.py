@@ -68,6 +68,22 @@ def training(rows: list[dict]) -> str:
     )
 
 
+def text_training(rows: list[dict]) -> str:
+    """What the log of the text tower's training says: every measurement."""
+    lines = [
+        "| step | shift | V2 | TPT on V2 | dev | TPT on dev |",
+        "| ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row in rows:
+        cells = [f"{row['step']:,}", f"{row['shift']:.3f}"]
+        for variant in ("iconshift-v2", "iconshift-dev"):
+            gain = row[f"{variant}/0.02"]
+            cells += [percent(row[variant]), f"{100 * gain:+.1f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    text = f"{rows[-1]['step']:,} steps, {rows[-1]['seconds'] / 60:.0f} minutes on two CPU cores."
+    return "\n".join([text, "", *lines])
+
+
 def coop(report: dict) -> str:
     """How the CoOp context was trained, from ``coop.json``."""
     tried = "; ".join(
@@ -194,6 +210,7 @@ SECTIONS = [  # page, name of the section, file of the numbers, how to say them
     (REPO / "README.md", "cost", REPO / "data" / "bench_rn50.json", cost),
     (MINICLIP / "README.md", "results", EVALUATION, table),
     (MINICLIP / "README.md", "training", MINICLIP / "training.jsonl", training),
+    (MINICLIP / "README.md", "text", MINICLIP / "training-text.jsonl", text_training),
     (MINICLIP / "README.md", "coop", MINICLIP / "coop.json", coop),
     (MINICLIP / "README.md", "rate", MINICLIP / "config.json", rates),
     (ICONSHIFT / "README.md", "filter", ICONSHIFT / "filter-a.json", adversarial),

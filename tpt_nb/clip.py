@@ -59,8 +59,9 @@ class Clip:
 
     ``model`` is an open_clip model in eval mode without gradients, ``tokenizer`` maps a list of
     sentences to token ids ``[N,77]`` (long), ``mean`` and ``std`` are per-channel statistics of
-    images in [0,1], and ``fingerprint`` is a hash of the weights (part of the key of the feature
-    cache). ``max_views`` is set when a pass ran out of memory: no later one is larger.
+    images in [0,1]. ``fingerprint`` is a hash of the weights, ``image_fingerprint`` of those of the
+    image tower (part of the key of the feature cache: another text tower, the same features).
+    ``max_views`` is set when a pass ran out of memory: no later one is larger.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Clip:
     std: tuple[float, float, float]
     device: torch.device
     fingerprint: str
+    image_fingerprint: str = ""
     max_views: int | None = None
 
     @property
@@ -504,7 +506,8 @@ def wrap(
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model = model.eval().requires_grad_(False)
-    fingerprint = weights_fingerprint(model)
+    prints = {"fingerprint": weights_fingerprint(model)}
+    prints["image_fingerprint"] = weights_fingerprint(model.visual)
     model = model.to(device).to(memory_format=torch.channels_last)
     size = model.visual.image_size
     return Clip(
@@ -515,7 +518,7 @@ def wrap(
         mean=tuple(getattr(model.visual, "image_mean", None) or OPENAI_DATASET_MEAN),
         std=tuple(getattr(model.visual, "image_std", None) or OPENAI_DATASET_STD),
         device=device,
-        fingerprint=fingerprint,
+        **prints,
     )
 
 

@@ -127,6 +127,18 @@ class Network(torch.nn.Module):
         return F.pixel_shuffle(out.float(), 2)
 
 
+def _digest(path: Path, start: str = "") -> str:
+    """Hash of the tensors of a safetensors file whose names begin so: 16 hexadecimal digits."""
+    from safetensors import safe_open
+
+    digest = hashlib.sha256()
+    with safe_open(path, framework="np") as file:
+        for name in sorted(n for n in file.keys() if n.startswith(start)):  # noqa: SIM118
+            value = file.get_tensor(name)
+            digest.update(f"{name} {value.shape} {value.dtype}".encode() + value.tobytes())
+    return digest.hexdigest()[:16]
+
+
 def build_schedule():
     """The noise schedule of the embedded generator, with DDIM as its sampler."""
     return require_diffusers().DDIMScheduler(**NOISE)
@@ -199,9 +211,10 @@ class MiniGenerator:
 
     def spec(self) -> dict:
         """What the pictures depend on, beside image and seed."""
-        # the condition comes from MiniCLIP: other weights of it, other pictures
-        files = (Path(self.weights), DATA / "miniclip" / "miniclip.safetensors")
-        digests = [hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in files]
+        from tpt_nb.clip import MINI_PATH
+
+        # the condition comes from MiniCLIP: other weights of its image tower, other pictures
+        digests = [_digest(Path(self.weights)), _digest(MINI_PATH, "visual.")]
         return {
             "generator": "mini",
             "weights": digests,

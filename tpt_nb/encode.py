@@ -278,10 +278,13 @@ def cache_key(dataset, clip, augmenter, seed: int) -> dict:
     key = {
         "format": FORMAT,
         "dataset": {"name": dataset.name, "fingerprint": dataset.fingerprint},
-        "model": {"name": getattr(clip, "name", ""), "fingerprint": clip.fingerprint},
+        "model": {"name": getattr(clip, "name", "")},
         "augmenter": augmenter.spec(),
         "seed": int(seed),
     }
+    # of the image tower alone, where it is known: features do not depend on the text tower
+    known = getattr(clip, "image_fingerprint", "")
+    key["model"]["fingerprint"] = known or clip.fingerprint
     key["model"]["image_size"] = clip.image_size
     for statistic in ("mean", "std"):
         key["model"][statistic] = [float(x) for x in getattr(clip, statistic, ())]

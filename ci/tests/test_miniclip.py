@@ -21,6 +21,7 @@ HERE = DATA / "miniclip"
 sys.path.insert(0, str(HERE))
 
 import captions  # noqa: E402
+import text as text_stage  # noqa: E402
 import train  # noqa: E402
 
 EVALUATION = json.loads((HERE / "evaluation.json").read_text())
@@ -83,7 +84,7 @@ def test_a_batch_depends_on_seed_and_step_alone_and_marks_true_captions():
     bank = torch.stack([torch.from_numpy(a.copy()).permute(2, 0, 1) for a, _ in painted])
     specs = [s for _, s in painted]
     args, names = Namespace(seed=0, classes=8, per_class=3, steps=10), iconshift.classnames()
-    images, texts, positive, neutral, target = train.batch(bank, specs, 5, args, names)
+    images, texts, positive, neutral, target, truth = train.batch(bank, specs, 5, args, names)
     again = train.batch(bank, specs, 5, args, names)
     assert torch.equal(images, again[0]) and texts == again[1]
     assert train.batch(bank, specs, 6, args, names)[1] != texts
@@ -102,6 +103,33 @@ def test_the_training_gets_harder_and_the_text_tower_joins():
     hard = [train.difficulty(step, 100) for step in range(100)]
     assert hard == sorted(hard) and hard[0] == 0 and hard[-1] == 1
     assert [train.with_text(step, 80) for step in (0, 19, 20, 79)] == [False, False, True, True]
+
+
+def test_the_text_stage_says_what_is_true_and_leaves_the_image_tower_alone():
+    rng, names = np.random.default_rng(0), iconshift.classnames()[:10]
+    bank = {
+        "targets": torch.arange(10).repeat_interleave(6),
+        "truth": torch.from_numpy(np.stack([random_facts(rng) for _ in range(60)])),
+        "features": torch.arange(60.0)[:, None],
+    }
+    args = Namespace(seed=0, classes=5, per_class=4)
+    rows, texts, positive, neutral, target = text_stage.captioned(bank, names, 3, args)
+    assert torch.equal(rows, text_stage.captioned(bank, names, 3, args)[0])
+    assert texts != text_stage.captioned(bank, names, 4, args)[1]
+    assert len(texts) == 20 and target.bincount().sort().values[-5:].tolist() == [4] * 5
+    assert torch.equal(bank["targets"][rows[:, 0].long()], target)
+    assert len(rows.unique()) == 20  # no crop twice
+    assert positive.diagonal().all()
+    assert not positive[target[:, None] != target].any()
+    assert positive.float().mean() < (target[:, None] == target).float().mean()  # facts matter
+    assert [name in text for name, text in zip(names, neutral, strict=True)] == [True] * 10
+    model = tclip.build_mini(0)
+    for name, p in model.named_parameters():
+        p.requires_grad_(not text_stage.is_frozen(name))
+    kept = sum(p.numel() for group in train.groups(model) for p in group["params"])
+    text_tower = tclip.text_tower(model)
+    assert kept == sum(p.numel() for p in text_tower.parameters() if p.requires_grad)
+    assert not any(p.requires_grad for p in model.visual.parameters())
 
 
 def test_bending_touches_the_chosen_images_only_and_keeps_their_range():

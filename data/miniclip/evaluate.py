@@ -31,7 +31,7 @@ from tpt_nb.prompts import Prompts, TemplatePrompts  # noqa: E402
 from tpt_nb.views import RandomViews  # noqa: E402
 
 VARIANTS = ("iconshift", "iconshift-v2", "iconshift-a", "iconshift-r", "iconshift-sketch")
-RATES = (0.005, 0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.08)
+RATES = (0.0025, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.06)
 RHO = 0.1
 FEWER = 500  # images of a variant unless --n says otherwise; of iconshift-a, all
 

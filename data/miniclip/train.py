@@ -3,6 +3,8 @@
     python data/miniclip/train.py --out out/miniclip            about 70 minutes on two CPU cores
     python data/miniclip/train.py --out out/miniclip --steps 60 a rehearsal
 
+Then ``text.py`` trains the text tower that ships.
+
 Contrastive learning as CLIP's, with one change: a caption is a positive for every image of which
 it is true (``captions.py``), and only for those. If every image of a class counted, the text tower
 would learn to ignore the words around the class name, and there would be no prompt to tune. Each
@@ -149,7 +151,7 @@ def with_text(step: int, steps: int) -> bool:
 
 def batch(bank, specs, step: int, args, names: list[str]):
     """Images ``[N,3,64,64]`` in [0,1], captions, which is true of which image ``[N,N]``; a neutral
-    caption per class, and the class of each image ``[N]``."""
+    caption per class, the class of each image ``[N]`` and what is true of it ``[N,facts]``."""
     rng = np.random.default_rng((args.seed, step))
     chosen = rng.permutation(len(names))[: args.classes]
     per_class = len(specs) // len(names)
@@ -180,18 +182,42 @@ def batch(bank, specs, step: int, args, names: list[str]):
         stated.append(facts)
     truth = np.stack(truths)
     target = np.array([specs[r]["target"] for r in rows])
-    positive = target[:, None] == target[None]
-    for j, facts in enumerate(stated):
-        positive[:, j] &= truth[:, facts].all(1)
+    positive = true_of(target, truth, stated)
     images = torch.stack(images).float() / 255
     warp(images, np.flatnonzero(rng.random(len(rows)) < WARPED_SHARE * hard), rng)
     images = treat(images, treatments, rng)
     template = C.NEUTRAL[rng.integers(len(C.NEUTRAL))]
     neutral = [template.format(name) for name in names]
-    return images, texts, torch.from_numpy(positive), neutral, torch.from_numpy(target)
+    return images, texts, torch.from_numpy(positive), neutral, torch.from_numpy(target), truth
+
+
+def true_of(target: np.ndarray, truth: np.ndarray, stated: list[list[int]]) -> np.ndarray:
+    """Whether caption j, which says ``stated[j]`` of class ``target[j]``, is true of image i."""
+    positive = target[:, None] == target[None]
+    for j, facts in enumerate(stated):
+        positive[:, j] &= truth[:, facts].all(1)
+    return positive
 
 
 # --- model ---------------------------------------------------------------------------------------
+
+
+def token_rows(names: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids of the tokens that captions can hold, and for every token its row among them, or -1."""
+    tokens = tclip.open_clip.tokenize(C.vocabulary(names))
+    ids = torch.cat([tokens.unique(), torch.tensor([tclip.SOT, tclip.EOT])]).unique()
+    lookup = torch.full((49408,), -1)
+    lookup[ids] = torch.arange(len(ids))
+    return ids, lookup
+
+
+def groups(model) -> list[dict]:
+    """Parameters with and without weight decay; those that need no gradient are left out."""
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    decay = [p for n, p in named if p.ndim > 1 and "embedding" not in n]
+    kept = {id(p) for p in decay}
+    rest = [p for _, p in named if id(p) not in kept]
+    return [{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}]
 
 
 def text_features(model, lookup: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
@@ -258,10 +284,7 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
     names = iconshift.classnames()
-    all_tokens = tclip.open_clip.tokenize(C.vocabulary(names))
-    ids = torch.cat([all_tokens.unique(), torch.tensor([tclip.SOT, tclip.EOT])]).unique()
-    lookup = torch.full((49408,), -1)
-    lookup[ids] = torch.arange(len(ids))
+    ids, lookup = token_rows(names)
     lookup = lookup.to(device)
 
     torch.manual_seed(args.seed)
@@ -273,11 +296,7 @@ def main() -> None:
     model.visual.to(memory_format=torch.channels_last)
     mean = torch.tensor(tclip.OPENAI_DATASET_MEAN).view(1, 3, 1, 1)
     std = torch.tensor(tclip.OPENAI_DATASET_STD).view(1, 3, 1, 1)
-    decay = [p for n, p in model.named_parameters() if p.ndim > 1 and "embedding" not in n]
-    kept = {id(p) for p in decay}
-    rest = [p for p in model.parameters() if id(p) not in kept]
-    groups = [{"params": decay, "weight_decay": 0.05}, {"params": rest, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.98))
+    optimizer = torch.optim.AdamW(groups(model), lr=args.lr, betas=(0.9, 0.98))
 
     checkpoint, start, seconds = args.out / "checkpoint.pt", 0, 0.0
     if checkpoint.exists():
@@ -292,7 +311,7 @@ def main() -> None:
         if step // BANK_STEPS != bank_number:
             bank_number = step // BANK_STEPS
             bank, specs = paint_bank(bank_number, args.scenes)
-        images, texts, positive, neutral, target = batch(bank, specs, step, args, names)
+        images, texts, positive, neutral, target, _ = batch(bank, specs, step, args, names)
         tokens = tclip.open_clip.tokenize(texts).to(device)
         neutral = tclip.open_clip.tokenize(neutral).to(device)
         images = ((images - mean) / std).to(device, memory_format=torch.channels_last)
