@@ -319,17 +319,19 @@ def bands(
             error = np.maximum([value - low, high - value], 0)
             style = {"color": colour, "marker": marker, "linestyle": "", "label": name}
             axis.errorbar(x, value, yerr=error, elinewidth=1, alpha=0.9, **style)
-        for name, value in (levels or {}).get(panel, {}).items():
+        for k, (name, value) in enumerate((levels or {}).get(panel, {}).items()):
             axis.axhline(value, color=GREY, linewidth=1, linestyle="--", zorder=0)
             axis.annotate(
                 name,
                 (1, value),
-                (0, 2),
+                (0, -2 if k % 2 else 2),  # two of nearly the same height: one above, one below
                 xycoords=axis.get_yaxis_transform(),
                 textcoords="offset points",
                 ha="right",
+                va="top" if k % 2 else "bottom",
                 color=GREY,
                 fontsize=7.5,
+                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.5},
             )
         axis.set_title(panel)
         axis.grid(axis="y")
