@@ -6,6 +6,7 @@ typed by hand.
 """
 
 import argparse
+import csv
 import json
 import sys
 from pathlib import Path
@@ -203,9 +204,43 @@ def cost(r: dict) -> str:
     return "\n".join([*lines, "", text])
 
 
+SHOWN = (  # rows of the study, by label: a start, the original, and one of each kind
+    "CoOp prompt", "TPT", "TPT with AugMix", "patches 4x4: TPT", "patches 4x4, overlap 0.6: TPT",
+    "patches 4x4: patch_loss1", "hard5", "soft", "hard1", "patches 4x4, overlap 0.6: hard1",
+)  # fmt: skip
+
+
+def study(rows: list[dict]) -> str:
+    """Some rows of the study, measured here and as reported, and how well all of them agree."""
+    from scipy.stats import spearmanr
+
+    measured, reported = ([float(row[k]) for row in rows] for k in ("accuracy", "reported"))
+    rank = spearmanr(measured, reported).statistic
+    lines = [
+        "| row | IconShift-A, MiniCLIP | over TPT | REPORTED: ImageNet-A, RN50 |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    by_label = {row["label"]: row for row in rows}
+    for label in SHOWN:
+        row = by_label[label]
+        gain, low, high = (
+            100 * float(row[k]) for k in ("gain_vs_baseline", "gain_ci_low", "gain_ci_high")
+        )
+        over = "" if label == "TPT" else f"{gain:+.1f} [{low:+.1f}, {high:+.1f}]"
+        there = f"{float(row['reported']):.1f}"
+        lines.append(f"| {label} | {percent(float(row['accuracy']))} | {over} | {there} |")
+    text = (
+        f"{rows[0]['n']} images per row, one seed; gains in points, paired, with 95 % intervals. "
+        f"Over all {len(rows)} rows the rank correlation of the two columns is {rank:.2f}."
+    )
+    return "\n".join([*lines, "", text])
+
+
 EVALUATION = MINICLIP / "evaluation.json"
+STUDY = REPO / "notebooks" / "results" / "study_500.csv"
 SECTIONS = [  # page, name of the section, file of the numbers, how to say them
     (REPO / "README.md", "results", EVALUATION, table),
+    (REPO / "README.md", "study", STUDY, study),
     (REPO / "README.md", "leaderboard", REPO / "data" / "leaderboard.json", leaderboard),
     (REPO / "README.md", "cost", REPO / "data" / "bench_rn50.json", cost),
     (MINICLIP / "README.md", "results", EVALUATION, table),
@@ -218,15 +253,15 @@ SECTIONS = [  # page, name of the section, file of the numbers, how to say them
 
 
 def read(path: Path):
-    """A JSON file, or the rows of a JSON-lines file; None if there is no such file."""
+    """A JSON file, or the rows of a JSON-lines or CSV file; None if there is no such file."""
     if not path.is_file():
         return None
     text = path.read_text(encoding="utf-8")
-    return (
-        [json.loads(line) for line in text.splitlines()]
-        if path.suffix == ".jsonl"
-        else json.loads(text)
-    )
+    if path.suffix == ".csv":
+        return list(csv.DictReader(text.splitlines()))
+    if path.suffix == ".jsonl":
+        return [json.loads(line) for line in text.splitlines()]
+    return json.loads(text)
 
 
 def rendered(text: str, name: str, body: str) -> str:
