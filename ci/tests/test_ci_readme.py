@@ -85,3 +85,15 @@ def test_cost_says_what_the_benchmark_measured():
     measured["agreement"]["same_selection"] = False
     text = readme.cost(measured)
     assert "runs, **other jobs ran**:" in text and "GB" not in text and "DIFFER" in text
+
+
+def test_the_study_is_shown_as_measured_and_as_reported():
+    rows = readme.read(readme.STUDY)
+    text = readme.study(rows)
+    for label in readme.SHOWN:
+        (row,) = [r for r in rows if r["label"] == label]
+        line = next(part for part in text.splitlines() if part.startswith(f"| {label} |"))
+        assert f" {100 * float(row['accuracy']):.1f} " in line
+        assert line.endswith(f" {float(row['reported']):.1f} |")
+    turned = [{**r, "accuracy": str(-float(r["reported"]))} for r in rows]
+    assert "two columns is -1.00" in readme.study(turned)
