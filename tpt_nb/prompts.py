@@ -60,7 +60,8 @@ class Prompts:
         seed: of the random start.
 
     Attributes:
-        ctx: ``[M,d]`` (``[C,M,d]`` if class-specific) float32: the initial context, never changed.
+        ctx: ``[M,d]`` (``[C,M,d]`` if class-specific) float32: the initial context; no method
+            changes it.
         classnames, C, M: as above.
     """
 
@@ -201,6 +202,20 @@ class Prompts:
         table = text_tower(self.clip.model).token_embedding.weight
         return table[torch.tensor(ids, dtype=torch.long, device=table.device)]
 
+    @property
+    def ctx(self) -> Tensor:
+        """The initial context: ``[M,d]``, class-specific ``[C,M,d]``.
+
+        To start elsewhere assign another one (to a ``copy.copy``, if the old is still needed):
+        what was made once for the old start is then dropped. A change in place is not noticed.
+        """
+        return self._ctx
+
+    @ctx.setter
+    def ctx(self, value: Tensor) -> None:
+        kept = {k: v for k, v in self._made.items() if k[0] in ("suffixes", "packed")}
+        self._ctx, self._made = value, kept  # a dictionary of its own: copies share the old one
+
     # --- fast path -------------------------------------------------------------------------------
 
     def _fast_features(self, ctx: Tensor) -> Tensor:
@@ -272,7 +287,8 @@ class Prompts:
         return self.once("packed", lambda: Packed(text_tower(self.clip.model), suffixes, order))
 
     def once(self, what: str, make: Callable):
-        """What ``make`` gives, made once; it must depend on the prompts and the frozen model only.
+        """What ``make`` gives, made once; it must depend on the prompts, their initial context and
+        the frozen model only.
 
         While the model is trained, it is made each time.
         """

@@ -248,6 +248,19 @@ def test_every_loss_equals_the_papers_path(prompts, loss, steps, n_images):
     assert_equal(fast, paper)
 
 
+@pytest.mark.parametrize("n_images", [FEW, MANY], ids=["by vjp", "by matrix"])
+def test_another_start_is_noticed_and_the_old_one_kept(prompts, n_images):
+    views = views_of(prompts, 2, 6).double()
+    options = {"rho": 0.5, "lr": 0.05}
+    first = adapt.tpt(views, prompts, n_images=n_images, **options)
+    moved = copy.copy(prompts)
+    moved.ctx = first.ctx[0]  # as TPT without a reset
+    fast = adapt.tpt(views, moved, n_images=n_images, **options)
+    assert_equal(fast, adapt.tpt(views, moved, exact="paper", **options))
+    assert not torch.allclose(fast.ctx, first.ctx, atol=1e-3)
+    assert_equal(adapt.tpt(views, prompts, n_images=n_images, **options), first, 1e-12)
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_the_closed_form_equals_the_optimiser(optimizer):
     generator = torch.Generator().manual_seed(0)
