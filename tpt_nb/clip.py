@@ -299,7 +299,7 @@ def load_mini(path: str | Path = MINI_PATH, device: str | torch.device | None = 
     from safetensors import SafetensorError, safe_open
 
     path = Path(path)
-    rebuild = "rebuild it with `python data/miniclip/train.py`, or restore it with `git checkout`"
+    rebuild = "restore it with `git checkout`, or rebuild it: data/miniclip/train.py, then text.py"
     if not path.is_file():
         raise FileNotFoundError(f"the weights of MiniCLIP are not at {path}; {rebuild}.")
     try:

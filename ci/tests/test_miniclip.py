@@ -217,7 +217,8 @@ def test_adaptation_has_something_to_gain_on_a():
     a = EVALUATION["iconshift-a"]
     assert a["single"]["n"] == len(datasets.load("iconshift-a"))
     assert a["confident_view"]["gain"] >= 0.08 and a["confident_view"]["gain_ci95"][0] > 0
-    assert a["tpt_coop"]["gain"] >= 0.015 and a["tpt_coop"]["gain_ci95"][0] > 0
+    for name in ("tpt", "tpt_coop"):  # the text tower listens to the context
+        assert a[name]["gain"] >= 0.03 and a[name]["gain_ci95"][0] > 0
 
 
 def test_the_learning_rate_was_chosen_on_validation_sets_only():
@@ -231,4 +232,4 @@ def test_the_learning_rate_was_chosen_on_validation_sets_only():
 def test_missing_weights_say_how_to_rebuild(tmp_path):
     with pytest.raises(FileNotFoundError, match="train.py"):
         tclip.load_mini(tmp_path / "none.safetensors")
-    assert (REPO / "data" / "miniclip" / "train.py").is_file()
+    assert all((REPO / "data" / "miniclip" / f"{name}.py").is_file() for name in ("train", "text"))

@@ -3,6 +3,9 @@
     python data/miniclip/text.py --out out/miniclip-text       about 10 minutes on two CPU cores
     python data/miniclip/text.py --out out/miniclip-text --steps 30 --batches 8   a rehearsal
 
+The image tower is that of the shipped weights; after ``train.py`` say
+``--image-tower out/miniclip/miniclip.safetensors``.
+
 In training both towers for long (``train.py``), the text tower learned to overhear the words around
 the class name: a step on the context moved its features little, and nearly the same way for all
 classes, which no softmax notices. A short training hears them. The images are features of the
