@@ -22,6 +22,7 @@ import safetensors.torch
 import torch
 from PIL import Image, UnidentifiedImageError
 
+from tpt_nb import clip as clip_module
 from tpt_nb import encode as encode_module
 from tpt_nb import resample
 from tpt_nb.encode import cache_key, encode
@@ -384,6 +385,22 @@ def test_key_changes_with_what_the_features_depend_on():
         key(names=("b", "a")),
     ]
     assert len(set(keys)) == len(keys) and key() == keys[0]
+
+
+def test_features_depend_on_the_image_tower_alone():
+    def key(change: str = "") -> tuple[dict, str]:
+        model = clip_module.build_mini(0)
+        if change:
+            with torch.no_grad():
+                model.get_parameter(change).view(-1)[0] += 1
+        made = clip_module.wrap(model, "mini", device="cpu")
+        return cache_key(Pictures(2), made, VIEWS, 0), made.fingerprint
+
+    plain, whole = key()
+    same, other_text = key("text_projection")
+    assert same == plain and other_text != whole
+    other, _ = key("visual.conv1.weight")
+    assert other != plain
 
 
 def test_other_seed_is_not_served_from_the_cache(tmp_path):
