@@ -23,13 +23,16 @@ from torch import Tensor
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 
-from tpt_nb import clip as clips  # noqa: E402
-from tpt_nb import datasets, metrics  # noqa: E402
-from tpt_nb.corruptions import corrupted  # noqa: E402
-from tpt_nb.encode import encode  # noqa: E402
+from tpt_nb import (
+    datasets,
+    metrics,  # noqa: E402
+    models,  # noqa: E402
+)
+from tpt_nb.core.paths import DATA  # noqa: E402
+from tpt_nb.datasets.damage import corrupted  # noqa: E402
+from tpt_nb.features import encode  # noqa: E402
 from tpt_nb.losses import entropy  # noqa: E402
-from tpt_nb.paths import DATA  # noqa: E402
-from tpt_nb.prompts import Prompts  # noqa: E402
+from tpt_nb.models import Prompts  # noqa: E402
 from tpt_nb.views import RandomViews  # noqa: E402
 
 STORED = DATA / "attempts.json"
@@ -120,7 +123,7 @@ ATTEMPTS = {
 
 def load(model: str, say) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
     """Name -> logits, features, targets of each data set of the suite."""
-    clip = clips.load(model)
+    clip = models.load(model)
     views = RandomViews(n_aug=63, size=clip.image_size)
     out = {}
     for name, kind, severity, n in SUITE:
@@ -175,7 +178,7 @@ def main(argv: list[str] | None = None) -> int:
         print({k: row[k] for k in GRID}, f"{100 * row['mean']:.2f}",
               [f"{100 * a:.1f}" for a in row["accuracy"].values()])  # fmt: skip
     if args.write:
-        about = {"model": args.model, "fingerprint": clips.load(args.model).fingerprint,
+        about = {"model": args.model, "fingerprint": models.load(args.model).fingerprint,
                  "n": {s: len(v[2]) for s, v in sets.items()}}  # fmt: skip
         found = {"about": about, "rows": rows, "grid": grid, "best": {k: best[k] for k in GRID}}
         STORED.write_text(json.dumps(found, indent=1) + "\n")

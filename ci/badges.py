@@ -24,7 +24,7 @@ BADGE = re.compile(r"^\[!\[Open in Colab\]\([^)]*\)\]\([^)]*\).*\n*", re.MULTILI
 NOTE = " *(placeholder: the repository has no public address yet)*"
 BLOCK = """\
 try:
-    import tpt_nb.setup
+    import tpt_nb.lessons.setup
 except ModuleNotFoundError:  # not installed: use the clone around this notebook, or make one
     folders = [Path.cwd(), *Path.cwd().parents, Path.cwd() / "tpt_nb_clone"]
     home = next((f for f in folders if (f / "tpt_nb" / "paths.py").is_file()), folders[-1])
@@ -33,13 +33,13 @@ except ModuleNotFoundError:  # not installed: use the clone around this notebook
         command = ["git", "clone", "--quiet", "--depth=1", "--branch={ref}", url, str(home)]
         subprocess.run(command, check=True)
     sys.path.insert(0, str(home))
-    import tpt_nb.setup
+    import tpt_nb.lessons.setup
 
-    tpt_nb.setup.install()
+    tpt_nb.lessons.setup.install()
 """
 MARK = "  # placeholder: ci/badges.py"
 NEEDS = ("import subprocess", "import sys", "from pathlib import Path")
-READY = "tpt_nb.setup.ready()  # ready(drive=True): on Colab, keep results on your Drive"
+READY = "tpt_nb.lessons.setup.ready()  # ready(drive=True): on Colab, keep results on your Drive"
 VERSIONS = re.compile(r"^print\(f\"python \{platform\.python_version.*\)$", re.MULTILINE)
 GPU = {"accelerator": "GPU", "colab": {"gpuType": "T4", "provenance": [], "toc_visible": True}}
 
@@ -62,7 +62,7 @@ def setup_cell(source: str, repo: str, ref: str) -> str:
     blocks = [node for node in tree.body if isinstance(node, ast.Try) and _is_setup(node)]
     if len(blocks) != 1:
         raise ValueError(f"the first code cell has {len(blocks)} blocks 'try: import tpt_nb'")
-    ready = any(line.startswith("tpt_nb.setup.ready(") for line in lines)
+    ready = any(line.startswith("tpt_nb.lessons.setup.ready(") for line in lines)
     keep_platform = source.count("platform.") > len(VERSIONS.findall(source))
     standard, others, rest = set(NEEDS), [], []
     for node in tree.body:

@@ -50,7 +50,7 @@ def repository(args: argparse.Namespace) -> Path:
 def prepare(repo: Path) -> None:
     """Install what the machine lacks, without touching what a kernel has loaded."""
     sys.path.insert(0, str(repo))
-    from tpt_nb import setup
+    from tpt_nb.lessons import setup
 
     setup.install()
     needed = repo / "ci" / ".colab-driver.txt"

@@ -41,12 +41,18 @@ import torch
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 
-from tpt_nb import adapt, datasets, experiment, metrics  # noqa: E402
-from tpt_nb import clip as clips  # noqa: E402
+from tpt_nb import (
+    core,
+    datasets,
+    methods,
+    metrics,  # noqa: E402
+    models,  # noqa: E402
+    runs,
+)
 from tpt_nb.__main__ import add_cluster_options  # noqa: E402
-from tpt_nb.encode import encode  # noqa: E402
-from tpt_nb.paths import DATA  # noqa: E402
-from tpt_nb.prompts import Prompts, TemplatePrompts  # noqa: E402
+from tpt_nb.core.paths import DATA  # noqa: E402
+from tpt_nb.features import encode  # noqa: E402
+from tpt_nb.models import Prompts, TemplatePrompts  # noqa: E402
 from tpt_nb.views import RandomViews  # noqa: E402
 
 VARIANTS = ("iconshift", "iconshift-v2", "iconshift-a", "iconshift-r", "iconshift-sketch")
@@ -86,7 +92,7 @@ def all_rows(model: str) -> list[Row]:
 
     The 80 templates are left out for the embedded model: it has never seen most of their words.
     """
-    plain = [Row(name) for name, method in adapt.METHODS.items() if not hasattr(method, "bind")]
+    plain = [Row(name) for name, method in methods.METHODS.items() if not hasattr(method, "bind")]
     more = [Row(m, p) for m, p in MORE if p != "eighty" or model != "mini"]
     return plain + more
 
@@ -102,7 +108,7 @@ def make_prompts(kind: str, clip, classnames: list[str], coop: str):
 
 def call(row: Row, lr: float, seed: int, n_images: int | None = None):
     """``features, prompts -> Adapted`` with the row's parameters."""
-    method = adapt.METHODS[row.method]
+    method = methods.METHODS[row.method]
     takes = inspect.signature(method).parameters
     params = {"lr": lr, "seed": seed, "n_images": n_images}
     params = {k: v for k, v in params.items() if k in takes} | row.params
@@ -111,7 +117,7 @@ def call(row: Row, lr: float, seed: int, n_images: int | None = None):
 
 def measure(row: Row, features, prompts, lr: float, device, orders: int, seed: int) -> dict:
     """Predictions of a row for all images: lists of N, and seconds of adapting."""
-    online = getattr(adapt.METHODS[row.method], "online", False)
+    online = getattr(methods.METHODS[row.method], "online", False)
     parts, began = [], time.perf_counter()
     if online:
         seeds = [seed * orders + k for k in range(orders)]
@@ -172,15 +178,15 @@ def collect(args, say, mine=lambda *share: True) -> dict:
     What is missing is left out where ``mine(variant, seed, label)`` is not true.
     """
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    clip = clips.load(args.model, device=device)
+    clip = models.load(args.model, device=device)
     mini = args.model == "mini"
-    lr = args.lr or experiment.default_learning_rate(args.model)
+    lr = args.lr or runs.default_learning_rate(args.model)
     coop = args.coop or (str(DATA / "miniclip" / "coop.pth.tar") if mini else "")
     rows = [r for r in all_rows(args.model) if coop or r.prompt != "coop"]
     if args.methods:
-        unknown = [m for m in args.methods if m not in adapt.METHODS]
+        unknown = [m for m in args.methods if m not in methods.METHODS]
         if unknown:
-            raise ValueError(experiment.unknown("method", unknown[0], adapt.METHODS))
+            raise ValueError(core.unknown("method", unknown[0], methods.METHODS))
         rows = [r for r in rows if r.method in args.methods]
     augmenter = RandomViews(n_aug=args.n_aug, size=clip.image_size)
     prompts: dict[tuple, object] = {}
@@ -198,7 +204,7 @@ def collect(args, say, mine=lambda *share: True) -> dict:
             features = None
             results = raw.setdefault(variant, {})[seed] = {}
             for row in rows:
-                takes = inspect.signature(adapt.METHODS[row.method]).parameters
+                takes = inspect.signature(methods.METHODS[row.method]).parameters
                 own = {"row": row.label} | ({"lr": lr} if "lr" in takes else {})
                 name = json.dumps(key | own, sort_keys=True)
                 digest = hashlib.sha256(name.encode()).hexdigest()[:16]
@@ -225,7 +231,7 @@ def collect(args, say, mine=lambda *share: True) -> dict:
                 results[row.label] = found
                 accuracy = np.mean(found["correct"])
                 say(f"  {row.label:24s} {100 * accuracy:5.1f} %  {found['seconds']:6.2f} s")
-    return {"about": about | {"device": experiment.device_name(device)}, "raw": raw}
+    return {"about": about | {"device": core.device_name(device)}, "raw": raw}
 
 
 def compute(share: tuple) -> dict[str, str]:
@@ -242,7 +248,7 @@ def spread(args, say) -> None:
 
     Raises ``ValueError`` for the first row that fails, after all others are done.
     """
-    from tpt_nb import cluster
+    from tpt_nb.scale import cluster
 
     todo: list[tuple] = []
     collect(args, say, lambda *share: todo.append(share))
@@ -254,7 +260,7 @@ def spread(args, say) -> None:
         jobs = []
         for variant, seed in dict.fromkeys(share[:2] for share in todo):
             whole = len(datasets.load(variant, root=args.root))
-            config = experiment.RunConfig(
+            config = runs.RunConfig(
                 dataset=variant, model=args.model, root=args.root or "", device=device, seed=seed,
                 n_aug=args.n_aug, reduced_size=min(args.n or whole, whole), out=str(args.out),
                 method="confident_view",
@@ -290,7 +296,7 @@ def summarise(raw: dict, reference: str = "tpt") -> dict:
     rows = []
     for label in labels:
         one = raw[variants[0]][seeds[0]][label]
-        method = adapt.METHODS[one["method"]]
+        method = methods.METHODS[one["method"]]
         takes = inspect.signature(method).parameters
         line = {
             "row": label,
@@ -344,7 +350,7 @@ def summarise(raw: dict, reference: str = "tpt") -> dict:
             for b in labels if b != a}
         for a in labels
     }  # fmt: skip
-    absent = [m for m, f in adapt.METHODS.items() if m not in labels and not hasattr(f, "bind")]
+    absent = [m for m, f in methods.METHODS.items() if m not in labels and not hasattr(f, "bind")]
     return {"variants": variants, "decisive": decisive, "seeds": len(seeds), "rows": rows,
             "absent": absent, "wins": wins}  # fmt: skip
 
@@ -424,7 +430,7 @@ def main(argv: list[str] | None = None) -> int:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         return 130
     table = {"about": found["about"] | {"machine": platform.machine(),
-                                        "versions": experiment.versions()},
+                                        "versions": core.versions()},
              **summarise(found["raw"])}  # fmt: skip
     print(text_table(table))
     print(f"{time.perf_counter() - began:.0f} s", file=sys.stderr)

@@ -44,7 +44,8 @@ REPO = str(Path(__file__).resolve().parent.parent)
 sys.path.insert(0, REPO)
 
 from tpt_nb.__main__ import Parser, _reader, add_cluster_options  # noqa: E402
-from tpt_nb.experiment import RunConfig, load_run, resolve, run_name, unknown  # noqa: E402
+from tpt_nb.core.messages import unknown
+from tpt_nb.runs import RunConfig, load_run, resolve, run_name  # noqa: E402
 
 FIELDS = [field.name for field in dataclasses.fields(RunConfig)]
 PRELOAD = ["torch", "open_clip", "pandas", "scipy.stats", "tpt_nb.experiment", "tpt_nb.encode",
@@ -170,7 +171,7 @@ def child(values: dict, log: Path, label: str, threads: int) -> None:
     print(label, flush=True)
     import torch
 
-    from tpt_nb.experiment import run
+    from tpt_nb.runs import run
 
     torch.set_num_threads(threads)
     try:
@@ -229,7 +230,7 @@ def run_on_cluster(rows: Sequence[Row], out: Path, address: str, workers: int | 
 
     Raises ``ValueError`` if there is no cluster or no Ray, ``OSError`` if the disk is full.
     """
-    from tpt_nb import cluster
+    from tpt_nb.scale import cluster
 
     configs: dict[int, RunConfig] = {}
     for number, row in enumerate(rows):
@@ -369,8 +370,7 @@ def save(stem: Path, about: str, rows: Sequence[Row], lines: Sequence[Mapping], 
     """
     import numpy as np
 
-    from tpt_nb import clip as clips
-    from tpt_nb import datasets
+    from tpt_nb import datasets, models
     from tpt_nb.metrics import correct
 
     configs = {row.label: row.config for row in rows}
@@ -382,7 +382,7 @@ def save(stem: Path, about: str, rows: Sequence[Row], lines: Sequence[Mapping], 
         raise ValueError("the rows differ in images, model, seed or learning rate: not saved")
     images = datasets.load(c.dataset, n=1, root=c.root or None)
     known = {
-        "model_fingerprint": clips.load(c.model, device=c.device).fingerprint,
+        "model_fingerprint": models.load(c.model, device=c.device).fingerprint,
         "data_fingerprint": images.fingerprint,
         "seed": c.seed,
         "subset_seed": c.subset_seed,

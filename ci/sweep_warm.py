@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-from tpt_nb import adapt, datasets, experiment
+from tpt_nb import datasets, runs
+from tpt_nb.methods import tuning
 
 
 def warm(rows: list[dict]) -> bool:
@@ -23,15 +24,15 @@ def warm(rows: list[dict]) -> bool:
         return False
     torch.set_num_threads(1)  # threads do not survive it either; a row sets its own number
     for values in rows:
-        config = experiment.resolve(experiment.RunConfig.from_dict(values))[0]
-        folder = Path(config.out) / experiment.run_name(config)
+        config = runs.resolve(runs.RunConfig.from_dict(values))[0]
+        folder = Path(config.out) / runs.run_name(config)
         if config.method != "tpt" or (folder / "summary.json").is_file():
             continue
         images = datasets.load(
             config.dataset, config.reduced_size, config.subset_seed, config.root or None
         )
-        _, prompts = experiment.model_and_prompts(config, images.classnames)
-        if adapt._worth_a_jacobian(prompts, len(images)):
+        _, prompts = runs.model_and_prompts(config, images.classnames)
+        if tuning._worth_a_jacobian(prompts, len(images)):
             prompts.jacobian()
         return True
     return False

@@ -18,7 +18,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from tpt_nb.experiment import RunConfig, load_run, run, unknown
+from tpt_nb.core.messages import unknown
+from tpt_nb.runs import RunConfig, load_run, run
 
 GENERATE = (  # the options of evaluate that the command generate has too
     *("dataset", "root", "reduced_size", "subset_seed"),
@@ -167,7 +168,7 @@ def _evaluate(args: argparse.Namespace) -> None:
     names = [field.name for field in dataclasses.fields(RunConfig)]
     config = RunConfig(**{name: getattr(args, name) for name in names})
     if args.cluster:
-        from tpt_nb import cluster
+        from tpt_nb.scale import cluster
 
         done, report = cluster.evaluate(config, args.cluster, args.cluster_workers)
         print(f"{done.said}{report.text()}")
@@ -211,7 +212,7 @@ def _compare(args: argparse.Namespace) -> None:
 
 
 def _plan(args: argparse.Namespace) -> None:
-    from tpt_nb import plan
+    from tpt_nb.scale import plan
 
     values = {k: v for k, v in vars(args).items() if k not in ("command", "json", "costs")}
     found = plan.plan(**values, measured=plan.read_costs(args.costs))
@@ -221,28 +222,30 @@ def _plan(args: argparse.Namespace) -> None:
 
 
 def _download(args: argparse.Namespace) -> None:
-    from tpt_nb import sources
+    from tpt_nb.datasets import sources
 
     print(f"{args.name} is in {sources.get(args.name, args.root or None)}")
 
 
 def _build_database(args: argparse.Namespace) -> None:
-    from tpt_nb import clip, database
+    from tpt_nb import models
+    from tpt_nb.methods import ra_tta
 
-    pictures = database.folder_pictures(args.images)
+    pictures = ra_tta.folder_pictures(args.images)
     try:
-        model = clip.load(args.model, device=args.device or None)
+        model = models.load(args.model, device=args.device or None)
     except RuntimeError as error:  # weights that cannot be fetched, no such device
         raise ValueError(str(error)) from error
-    done = database.build(pictures, model, args.out)
+    done = ra_tta.build(pictures, model, args.out)
     print(
         f"{len(done)} of {len(pictures.items)} images, vectors of {model.embed_dim} -> {args.out}"
     )
 
 
 def _generate(args: argparse.Namespace) -> None:
-    from tpt_nb import datasets, diffusion
-    from tpt_nb.experiment import resolve
+    from tpt_nb import datasets
+    from tpt_nb.methods import difftpt
+    from tpt_nb.runs import resolve
 
     values = {name: getattr(args, name) for name in GENERATE}
     config, _ = resolve(RunConfig(**values, method="difftpt"))
@@ -251,9 +254,9 @@ def _generate(args: argparse.Namespace) -> None:
     dataset = datasets.load(
         config.dataset, config.reduced_size, config.subset_seed, config.root or None
     )
-    generator = diffusion.load_generator(config.generator, config.device)
+    generator = difftpt.load_generator(config.generator, config.device)
     n = config.n_generated
-    made = diffusion.generate(dataset, generator, n, config.generator_seed, config.cache)
+    made = difftpt.generate(dataset, generator, n, config.generator_seed, config.cache)
     seconds = sum(made.seconds(image_id, n) for image_id in dataset.ids) / len(dataset)
     print(
         f"{n} variations of each of {len(dataset)} images, {seconds:.2f} s per image "

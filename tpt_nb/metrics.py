@@ -15,7 +15,10 @@ import pandas as pd
 
 Records = Iterable[Mapping] | pd.DataFrame
 
+
 NEEDED = ["id", "target", "pred_before", "pred_after"]
+
+
 WHEN = ("before", "after")
 
 

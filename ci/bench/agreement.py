@@ -18,12 +18,11 @@ import time
 
 import torch
 
-from tpt_nb import adapt, datasets
-from tpt_nb import clip as tclip
-from tpt_nb.encode import encode
+from tpt_nb import datasets, methods, models
+from tpt_nb.core.paths import DATA
+from tpt_nb.features import encode
 from tpt_nb.losses import marginal_entropy
-from tpt_nb.paths import DATA
-from tpt_nb.prompts import Prompts
+from tpt_nb.models import Prompts
 from tpt_nb.views import RandomViews
 
 
@@ -36,14 +35,14 @@ def gradient(prompts: Prompts, views: torch.Tensor, selected: torch.Tensor, dtyp
     return ctx.grad
 
 
-def compare(model: tclip.Clip, variant: str, n: int, lr: float, coop: str | None) -> dict:
+def compare(model: models.Clip, variant: str, n: int, lr: float, coop: str | None) -> dict:
     data = datasets.load(variant, n=n)
     features = encode(data, model, RandomViews(n_aug=63, size=model.image_size)).features
     prompts = Prompts(model, data.classnames, coop=coop)
     began = time.perf_counter()
-    fast = adapt.tpt(features, prompts, lr=lr)
+    fast = methods.tpt(features, prompts, lr=lr)
     middle = time.perf_counter()
-    paper = adapt.tpt(features, prompts, lr=lr, exact="paper")
+    paper = methods.tpt(features, prompts, lr=lr, exact="paper")
     end = time.perf_counter()
     difference = (fast.logits - paper.logits).abs().amax(dim=1)
     apart = (difference > 1e-4).nonzero()[:, 0].tolist()
@@ -80,7 +79,7 @@ def main() -> int:
     parser.add_argument("--variants", nargs="+", default=variants)
     parser.add_argument("--coop", action="store_true", help="start from the embedded CoOp context")
     args = parser.parse_args()
-    model = tclip.load("mini")
+    model = models.load("mini")
     coop = str(DATA / "miniclip" / "coop.pth.tar") if args.coop else None
     out = {v: compare(model, v, args.n, args.lr, coop) for v in args.variants}
     print(json.dumps(out, indent=1))

@@ -34,8 +34,11 @@ import numpy as np
 REPO = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPO))
 
-from tpt_nb import cluster, plan  # noqa: E402
-from tpt_nb.experiment import RunConfig  # noqa: E402
+from tpt_nb.runs import RunConfig  # noqa: E402
+from tpt_nb.scale import (
+    cluster,
+    plan,  # noqa: E402
+)
 
 
 def pictures(root: Path, n: int) -> None:
@@ -62,7 +65,7 @@ def one(spec: dict) -> dict:
     """A run in this process: what ``main`` starts for every measurement."""
     config = RunConfig(**spec["config"])
     if not spec["workers"]:
-        from tpt_nb.experiment import run
+        from tpt_nb.runs import run
 
         done = run(config, progress=False)
         return {"folder": str(done.dir), "encode_s": done.summary["seconds"]["encode"]}

@@ -39,12 +39,15 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from tpt_nb import adapt, benchmarks, datasets, iconshift, tower
-from tpt_nb import clip as tclip
-from tpt_nb.encode import encode
-from tpt_nb.experiment import default_learning_rate, device_name
-from tpt_nb.prompts import Prompts
-from tpt_nb.views import RandomViews, view_seed
+from tpt_nb import datasets, methods, models
+from tpt_nb.core.images import view_seed
+from tpt_nb.core.machine import device_name
+from tpt_nb.datasets import iconshift
+from tpt_nb.features import encode
+from tpt_nb.methods import tuning
+from tpt_nb.models import Prompts
+from tpt_nb.runs import default_learning_rate
+from tpt_nb.views import RandomViews
 
 GROUP = 32  # images adapted together, as in experiment.run
 IMAGE_SIZE = (500, 375)  # of the typical photograph in ImageNet
@@ -54,17 +57,17 @@ GROWTH_CLASSES, GROWTH_VIEWS = (50, 200, 1000), (16, 64, 256)
 # --- what is measured ----------------------------------------------------------------------------
 
 
-def load(name: str, device: str) -> tclip.Clip:
+def load(name: str, device: str) -> models.Clip:
     """``mini`` as it ships, or an open_clip architecture with random weights."""
     if name == "mini":
-        return tclip.load("mini", device=device)
+        return models.load("mini", device=device)
     architecture = name.replace("/", "-")
     torch.manual_seed(0)
     model = open_clip.create_model(architecture, pretrained=None, force_quick_gelu=True)
     with torch.no_grad():
         model.logit_scale.fill_(float(np.log(100)))
     tokenizer = open_clip.get_tokenizer(architecture)
-    return tclip.wrap(model, name, device=device, tokenizer=tokenizer)
+    return models.wrap(model, name, device=device, tokenizer=tokenizer)
 
 
 def class_names(which: str) -> list[str]:
@@ -73,10 +76,10 @@ def class_names(which: str) -> list[str]:
         return iconshift.classnames()
     known = {"imagenet-a": "a", "imagenet-r": "r", "imagenet": ""}
     if which in known:
-        return list(benchmarks.imagenet_classes(known[which]).values())
+        return list(datasets.imagenet_classes(known[which]).values())
     if which.isdigit() and 1 <= int(which) <= 1000:  # the 200 of ImageNet-A first, then the others
-        some = list(benchmarks.imagenet_classes("a").values())
-        rest = [n for n in benchmarks.imagenet_classes().values() if n not in some]
+        some = list(datasets.imagenet_classes("a").values())
+        rest = [n for n in datasets.imagenet_classes().values() if n not in some]
         return [*some, *rest][: int(which)]
     raise SystemExit(f"--classes {which}: give {', '.join(known)}, iconshift or 1 to 1000")
 
@@ -159,7 +162,7 @@ def spread(values: list[float]) -> dict:
     }
 
 
-def best_batch(clip: tclip.Clip, views: torch.Tensor, quick: bool) -> int:
+def best_batch(clip: models.Clip, views: torch.Tensor, quick: bool) -> int:
     """The batch size at which the image encoder is fastest on these views, of some."""
     sizes = {len(views), *(() if quick else (16, 32))}
     if len(sizes) == 1:
@@ -192,16 +195,16 @@ def bench(args: argparse.Namespace, say: Callable) -> dict:
     )
 
     def do_fast():
-        return adapt.tpt(features, prompts, lr=lr)
+        return methods.tpt(features, prompts, lr=lr)
 
-    paper: list[adapt.Adapted] = []
+    paper: list[methods.Adapted] = []
 
     def do_paper():  # the next image each time
         one = near[len(paper) : len(paper) + 1]
-        paper.append(adapt.tpt(one, prompts, lr=lr, exact="paper"))
+        paper.append(methods.tpt(one, prompts, lr=lr, exact="paper"))
 
     do_fast()  # warms up
-    once = clock(lambda: adapt._Start(Prompts(clip, names), by_matrix=False), device)
+    once = clock(lambda: tuning._Start(Prompts(clip, names), by_matrix=False), device)
     batch = best_batch(clip, views, args.quick)
     clip.encode_views(views[: min(8, len(views))])
     memory = {"paper": peak(do_paper, device)}  # and its warm-up
@@ -214,7 +217,7 @@ def bench(args: argparse.Namespace, say: Callable) -> dict:
         samples["paper"].append(clock(do_paper, device))
         say("  " + ", ".join(f"{k} {v[-1]:.4f} s" for k, v in samples.items()))
 
-    fast = adapt.tpt(near[: len(paper)], prompts, lr=lr)
+    fast = methods.tpt(near[: len(paper)], prompts, lr=lr)
     each = [dict(zip(samples, row, strict=True)) for row in zip(*samples.values(), strict=True)]
     ratios = {
         "ratio_adapt": [s["paper"] / s["fast"] for s in each],
@@ -249,7 +252,7 @@ def bench(args: argparse.Namespace, say: Callable) -> dict:
     return out
 
 
-def agreement(fast: adapt.Adapted, paper: list[adapt.Adapted]) -> dict:
+def agreement(fast: methods.Adapted, paper: list[methods.Adapted]) -> dict:
     """Do the two paths say the same? The paper path has an entry per image."""
     logits, selected = (torch.cat([getattr(p, k) for p in paper]) for k in ("logits", "selected"))
     return {
@@ -264,7 +267,7 @@ def counted(clip, prompts: Prompts, views, features, lr: float) -> dict:
     """Operations per image, in 10^12; of the paper path on a few classes, for all of them."""
     few = Prompts(clip, prompts.classnames[: min(8, prompts.C)])
     some = near_features(few, 1, features.shape[1])
-    per_class = flops(lambda: adapt.tpt(some, few, lr=lr, exact="paper")) / few.C
+    per_class = flops(lambda: methods.tpt(some, few, lr=lr, exact="paper")) / few.C
     return {
         "floor": flops(lambda: clip.encode_views(views[:1])) * len(views) / 1e12,
         "paper": per_class * prompts.C / 1e12,
@@ -274,14 +277,14 @@ def counted(clip, prompts: Prompts, views, features, lr: float) -> dict:
 
 def counted_fast(prompts: Prompts, features: torch.Tensor, lr: float) -> float:
     """Operations of the fast path for one image, in 10^12, in products that a counter knows."""
-    laid_out = tower.lay_out
-    tower.lay_out = lambda weight: None
+    laid_out = models.lay_out
+    models.lay_out = lambda weight: None
     try:
         plain = Prompts(prompts.clip, prompts.classnames)
-        adapt.tpt(features, plain, lr=lr)
-        return flops(lambda: adapt.tpt(features, plain, lr=lr)) / 1e12
+        methods.tpt(features, plain, lr=lr)
+        return flops(lambda: methods.tpt(features, plain, lr=lr)) / 1e12
     finally:
-        tower.lay_out = laid_out
+        models.lay_out = laid_out
 
 
 def growth(args, clip, lr: float, base: dict, say: Callable) -> dict:
@@ -290,20 +293,20 @@ def growth(args, clip, lr: float, base: dict, say: Callable) -> dict:
     for n in GROWTH_CLASSES:
         prompts = Prompts(clip, class_names(str(n)))
         features = near_features(prompts, 1, args.views)
-        adapt.tpt(features, prompts, lr=lr)
-        fast = min(clock(lambda: adapt.tpt(features, prompts, lr=lr), device) for _ in range(2))  # noqa: B023
+        methods.tpt(features, prompts, lr=lr)
+        fast = min(clock(lambda: methods.tpt(features, prompts, lr=lr), device) for _ in range(2))  # noqa: B023
         over = (base["floor_s"] + base["views_s"] + fast) / base["floor_s"]
         out["classes"][n] = {"fast_s": fast, "over_floor": over}
         if n < base["classes"]:  # with a thousand classes the paper's path needs more than 30 GB
-            paper = clock(lambda: adapt.tpt(features, prompts, lr=lr, exact="paper"), device)  # noqa: B023
+            paper = clock(lambda: methods.tpt(features, prompts, lr=lr, exact="paper"), device)  # noqa: B023
             out["classes"][n]["paper_s"] = paper
         say(f"  {n} classes: fast {fast:.3f} s, {over:.2f} of the floor")
     prompts = Prompts(clip, class_names(args.classes))
     for v in GROWTH_VIEWS:
         features = near_features(prompts, 1, v)
         views = RandomViews(n_aug=v - 1, size=clip.image_size)(photograph(), 0)
-        adapt.tpt(features, prompts, lr=lr)
-        fast = min(clock(lambda: adapt.tpt(features, prompts, lr=lr), device) for _ in range(2))  # noqa: B023
+        methods.tpt(features, prompts, lr=lr)
+        fast = min(clock(lambda: methods.tpt(features, prompts, lr=lr), device) for _ in range(2))  # noqa: B023
         batch = base["encoder_batch"]
         floor = clock(lambda: clip.encode_views(views, batch=batch), device)  # noqa: B023
         out["views"][v] = {"fast_s": fast, "floor_s": floor}
@@ -321,7 +324,7 @@ def end_to_end(args: argparse.Namespace, say: Callable) -> dict:
     def tune(features, kept: str | None = None) -> list:
         prompts, n = Prompts(clip, data.classnames), len(features)
         return [
-            adapt.tpt(views.to(clip.device), prompts, lr=lr, n_images=n, cache=kept)
+            methods.tpt(views.to(clip.device), prompts, lr=lr, n_images=n, cache=kept)
             for _, views, _ in features.batches(GROUP)
         ]
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from tpt_nb import clip as clip_module
+from tpt_nb import models
 
 torch.set_num_threads(1)
 os.environ["TPT_NB_DOWNLOAD"] = "0"  # no test reaches for the net
@@ -22,17 +22,17 @@ def no_open_figures():
 
 
 @pytest.fixture(scope="session")
-def mini() -> clip_module.Clip:
+def mini() -> models.Clip:
     """A random MiniCLIP, float32 on the CPU, spread out so that prompts differ; left as it is."""
-    model = clip_module.build_mini(seed=0)
+    model = models.build_mini(seed=0)
     with torch.no_grad():
         model.token_embedding.weight.mul_(5)
         model.logit_scale.fill_(4.6)  # about 100, as in trained models
-    return clip_module.wrap(model, "mini-random", device="cpu")
+    return models.wrap(model, "mini-random", device="cpu")
 
 
 @pytest.fixture(scope="session")
-def mini64(mini) -> clip_module.Clip:
+def mini64(mini) -> models.Clip:
     """The same model in float64, for tests of exactness."""
     double = copy.copy(mini)
     double.model = copy.deepcopy(mini.model).double()

@@ -15,7 +15,8 @@ import pytest
 import torch
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from tpt_nb import experiment, setup
+from tpt_nb.lessons import setup
+from tpt_nb.runs import config
 
 REPO = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPO / "ci"))
@@ -97,7 +98,7 @@ def test_nothing_is_installed_or_imported_from_elsewhere_before_the_setup(root):
     for line in ("import torch", "import pandas as pd", "from tpt_nb import adapt, datasets"):
         assert line in kept
     assert "platform" not in ast.unparse(tree) and "import copy" in ast.unparse(tree)
-    assert kept.index("figures.setup()") < kept.index("tpt_nb.setup.ready()")
+    assert kept.index("figures.setup()") < kept.index("tpt_nb.lessons.setup.ready()")
 
 
 def test_placeholders_are_marked_and_replaced(root):
@@ -161,7 +162,7 @@ for name in ("tpt_nb", "ci", "data"):
 def run_block(folder: Path, path: Path | None = None) -> subprocess.CompletedProcess:
     """The shared setup, run as it stands in a folder with nothing else."""
     code = "\n".join([*badges.NEEDS, badges.BLOCK.format(repo="us/tta", ref="v1.0", mark="")])
-    code += "\nprint('from', Path(tpt_nb.setup.__file__).parent.name, tpt_nb.setup.missing())"
+    code += "\nimport tpt_nb.lessons.setup as s\nprint('from', Path(s.__file__).parent.parent.name, s.missing())"
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     if path:
         env["PATH"] = f"{path}{os.pathsep}{env['PATH']}"
@@ -227,7 +228,7 @@ def plain(monkeypatch):
     for name in ("COLAB_RELEASE_TAG", "KAGGLE_KERNEL_RUN_TYPE", "TPT_NB_DRIVE", "TPT_NB_DOWNLOAD"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(experiment, "weights_here", lambda model: False)
+    monkeypatch.setattr(config, "weights_here", lambda model: False)
     return monkeypatch
 
 

@@ -14,11 +14,12 @@ from open_clip.tokenizer import SimpleTokenizer
 from PIL import Image
 from test_experiment import CLASSES, PER_CLASS, world  # noqa: F401 (a fixture)
 
-from tpt_nb import captions, iconshift
-from tpt_nb import clip as clips
-from tpt_nb.captions import ClipCaptioner, find_word, personal_prompts
-from tpt_nb.experiment import RunConfig, run
-from tpt_nb.prompts import Prompts
+from tpt_nb.datasets import iconshift
+from tpt_nb.methods import caption_prompts
+from tpt_nb.methods.caption_prompts.captioners import ClipCaptioner
+from tpt_nb.methods.caption_prompts.words import find_word, personal_prompts
+from tpt_nb.models import Prompts, clip
+from tpt_nb.runs import RunConfig, run
 
 NAMES = ["cat", "apple", "hot dog", "umbrella", "hourglass"]
 SCENE = "a cat next to a car, in a cartoon of cattle"
@@ -39,7 +40,7 @@ def captioner(mini) -> ClipCaptioner:
      ("ice cream", "an ice cream"), ("european bee", "a european bee"), ("Ant", "an Ant")],
 )  # fmt: skip
 def test_article(name, phrase):
-    assert captions.with_article(name) == phrase
+    assert caption_prompts.with_article(name) == phrase
 
 
 def test_the_projects_procedure_with_its_defects():
@@ -49,13 +50,13 @@ def test_the_projects_procedure_with_its_defects():
     assert personal_prompts("A Cat sleeps", (2, 5), NAMES) == ["A Cat sleeps"] * len(NAMES)
     late = "a very long description of a scene in which at the very end there appears a cat"
     cut = personal_prompts(late, find_word(late, "cat"), ["elephant", "eagle"])
-    assert all(len(p) == captions.CHARACTERS for p in cut) and len(set(cut)) == 1
+    assert all(len(p) == caption_prompts.CHARACTERS for p in cut) and len(set(cut)) == 1
     assert personal_prompts(late, find_word(late, "cat"), ["elephant"], "limit")[0].endswith(
         "a elephant"
     )
 
 
-@pytest.mark.parametrize("repairs", [r for r in captions.REPAIRS] + ["none", "all"])
+@pytest.mark.parametrize("repairs", [r for r in caption_prompts.REPAIRS] + ["none", "all"])
 def test_no_keyword_gives_the_standard_prompt(repairs):
     expected = [f"a photo of a {n}." for n in ("cat", "hot dog")]
     assert personal_prompts("a photo", None, ["cat", "hot_dog"], repairs) == expected
@@ -86,7 +87,7 @@ def test_limit_keeps_the_label_and_the_length(mini, repairs, place):
     words = [f"word{i}" for i in range(80)]
     words[place] = "cat"
     text = " ".join(words)
-    length = captions.token_length(mini)
+    length = caption_prompts.token_length(mini)
     prompts = personal_prompts(text, find_word(text, "cat"), NAMES, repairs, length)
     assert len(set(prompts)) == len(NAMES)
     with warnings.catch_warnings():
@@ -114,7 +115,7 @@ def test_limit_keeps_the_label_and_the_length(mini, repairs, place):
 )
 def test_context_is_the_caption_without_its_subject(caption, word, context):
     span = find_word(caption, word)
-    assert captions.context_of(caption, span) == context
+    assert caption_prompts.context_of(caption, span) == context
     got = personal_prompts(caption, span, ["owl"], "suffix+article")
     assert got == [f"a photo of an owl, {context}." if context else "a photo of an owl."]
 
@@ -124,9 +125,9 @@ def test_mistakes_are_named():
         personal_prompts("a cat", (2, 5), NAMES, "span+spam")
     with pytest.raises(ValueError, match=r"span \(2, 9\) lies outside the caption of 5"):
         personal_prompts("a cat", (2, 9), NAMES)
-    assert captions.parse_repairs("suffix, span") == ("span", "suffix")
-    assert captions.parse_repairs("all") == tuple(captions.REPAIRS)
-    assert captions.parse_repairs("none") == captions.parse_repairs("") == ()
+    assert caption_prompts.parse_repairs("suffix, span") == ("span", "suffix")
+    assert caption_prompts.parse_repairs("all") == tuple(caption_prompts.REPAIRS)
+    assert caption_prompts.parse_repairs("none") == caption_prompts.parse_repairs("") == ()
 
 
 # --- captions and keywords -----------------------------------------------------------------------
@@ -134,7 +135,7 @@ def test_mistakes_are_named():
 
 def test_words():
     text = "A cat's tail, 2 owls_x"
-    assert [text[a:b] for a, b in captions.words_of(text)] == ["cat", "tail", "owls_x"]
+    assert [text[a:b] for a, b in caption_prompts.words_of(text)] == ["cat", "tail", "owls_x"]
     assert find_word("cattle and Cat", "cat") == (11, 14)
     assert find_word("cattle", "cat") is None
 
@@ -148,8 +149,11 @@ def test_caption_is_what_fits_best(mini, captioner):
     thing = NAMES[
         int((feature @ mini.encode_text([f"a photo of a {n}." for n in NAMES]).T).argmax())
     ]
-    for slot, words in captions.SLOTS.items():
-        options = [captions.sentence(thing, **captions.PLAIN | {slot: w}) + "." for w in words]
+    for slot, words in caption_prompts.SLOTS.items():
+        options = [
+            caption_prompts.sentence(thing, **caption_prompts.PLAIN | {slot: w}) + "."
+            for w in words
+        ]
         best = words[int((mini.encode_text(options) @ feature[0]).argmax())]
         assert best in text and thing in text
 
@@ -157,7 +161,7 @@ def test_caption_is_what_fits_best(mini, captioner):
 def test_keyword_is_a_whole_word_or_nothing(captioner):
     for text in ("a cat on a mat", "An Owl, sitting.", "a photo of a birthday cake"):
         a, b = captioner.keyword(text)
-        assert (a, b) in captions.words_of(text)
+        assert (a, b) in caption_prompts.words_of(text)
     for text in ("", "a", "...", "? !"):
         assert captioner.keyword(text) is None
 
@@ -171,7 +175,7 @@ def test_keyword_is_keyberts(mini, captioner):
             return mini.encode_text(list(documents)).numpy()
 
     theirs = keybert.KeyBERT(model=Backend())
-    model = captions.ViTGPT2(keywords=theirs)
+    model = caption_prompts.ViTGPT2(keywords=theirs)
     for text in (SCENE, "a dark cartoon of a tiny owl at the top", "two dogs in the snow"):
         found = theirs.extract_keywords(text, keyphrase_ngram_range=(1, 1), stop_words=None)
         a, b = captioner.keyword(text)
@@ -183,7 +187,7 @@ def test_keyword_is_keyberts(mini, captioner):
 def test_vit_gpt2_is_asked_for_by_name(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     monkeypatch.setitem(sys.modules, "keybert", None)
-    model = captions.ViTGPT2()
+    model = caption_prompts.ViTGPT2()
     with pytest.raises(ValueError, match="needs transformers.*requirements-extras"):
         model.caption(Image.new("RGB", (32, 32)))
     with pytest.raises(ValueError, match="needs keybert"):
@@ -220,11 +224,11 @@ def test_vit_gpt2_captions_are_kept(tmp_path):
     asked = []
     cache = tmp_path / "captions.json"
     new = {"name": str(tmp_path / "model"), "cache": cache}
-    writer = captions.ViTGPT2(fetch=lambda i: asked.append(i) or image, **new)
+    writer = caption_prompts.ViTGPT2(fetch=lambda i: asked.append(i) or image, **new)
     texts = writer.captions(None, ["x", "y"])
     assert asked == ["x", "y"] and texts == [writer.caption(image)] * 2
     assert set(texts[0].split()) <= set(vocabulary) and len(texts[0].split()) <= 16
-    again = captions.ViTGPT2(fetch=None, **new)
+    again = caption_prompts.ViTGPT2(fetch=None, **new)
     assert again.captions(None, ["y", "x"]) == texts  # from the file: no image, no model
 
 
@@ -238,14 +242,14 @@ def test_known_share_and_silence(mini):
     with torch.no_grad():
         half.model.token_embedding.weight[cat] = 0
     seen = torch.tensor([i for i in range(49408) if i != cat])
-    half.tokenizer = clips._checked_tokenizer(SimpleTokenizer(), "half", seen)
+    half.tokenizer = clip._checked_tokenizer(SimpleTokenizer(), "half", seen)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert captions.known_share(half, ["cat dog", "dog dog"]) == 0.75
-        assert captions.known_share(mini, ["cat dog"]) == 1.0
-        assert captions.known_words(half, ["a cat on a dog.", "cat"]) == ["a on a dog.", ""]
-        assert captions.known_words(mini, ["a  cat", ""]) == ["a cat", ""]
-    half.tokenizer = clips._checked_tokenizer(SimpleTokenizer(), "half", seen)
+        assert caption_prompts.known_share(half, ["cat dog", "dog dog"]) == 0.75
+        assert caption_prompts.known_share(mini, ["cat dog"]) == 1.0
+        assert caption_prompts.known_words(half, ["a cat on a dog.", "cat"]) == ["a on a dog.", ""]
+        assert caption_prompts.known_words(mini, ["a  cat", ""]) == ["a cat", ""]
+    half.tokenizer = clip._checked_tokenizer(SimpleTokenizer(), "half", seen)
     with pytest.warns(UserWarning, match="was not in the training captions"):
         half.tokenizer(["cat"])
 
@@ -253,11 +257,11 @@ def test_known_share_and_silence(mini):
 def test_each_sentence_is_encoded_once(mini):
     lists = [["a cat", "a dog"], ["a dog", "a big red cat"], ["a cat", "a dog"]]
     memo = {}
-    features, n = captions.encode_once(mini, lists, memo)
+    features, n = caption_prompts.encode_once(mini, lists, memo)
     assert n == 3 and features.shape == (3, 2, mini.embed_dim)
     for row, some in zip(features, lists, strict=True):
         assert torch.allclose(row, mini.encode_text(some), atol=1e-5)
-    assert captions.encode_once(mini, lists, memo)[1] == 0
+    assert caption_prompts.encode_once(mini, lists, memo)[1] == 0
 
 
 @pytest.mark.parametrize(
@@ -272,7 +276,7 @@ def test_each_sentence_is_encoded_once(mini):
     ],
 )
 def test_common_beginnings_change_nothing(mini64, texts):
-    got = captions.encode_alike(mini64, texts)
+    got = caption_prompts.encode_alike(mini64, texts)
     assert torch.allclose(got, mini64.encode_text(texts).float(), atol=1e-6)
 
 
@@ -282,10 +286,10 @@ def test_weight():
     image = F.normalize(standard[2:3] + 0.3 * torch.randn(1, 8, generator=generator), dim=-1)
     scale = torch.tensor(20.0)
     best = standard[(image @ standard.T).argmax()][None]
-    assert captions.caption_weight(image, best, standard, scale).item() == pytest.approx(0.5)
-    assert captions.caption_weight(image, image, standard, scale) > 0.5
-    assert captions.caption_weight(image, -image, standard, scale) < 1e-6
-    ends = captions.mix(standard, standard.flip(0)[None], torch.tensor([0.0]))
+    assert caption_prompts.caption_weight(image, best, standard, scale).item() == pytest.approx(0.5)
+    assert caption_prompts.caption_weight(image, image, standard, scale) > 0.5
+    assert caption_prompts.caption_weight(image, -image, standard, scale) < 1e-6
+    ends = caption_prompts.mix(standard, standard.flip(0)[None], torch.tensor([0.0]))
     assert torch.allclose(ends[0], standard, atol=1e-6)
 
 
@@ -294,14 +298,14 @@ def test_method_is_what_one_would_do_by_hand(mini, captioner, repairs):
     prompts = Prompts(mini, NAMES)
     generator = torch.Generator().manual_seed(1)
     features = F.normalize(torch.randn(3, 2, mini.embed_dim, generator=generator), dim=-1)
-    done = captions.caption_prompts(features, prompts, captioner, repairs)
+    done = caption_prompts.caption_prompts(features, prompts, captioner, repairs)
     scale = float(mini.logit_scale)
-    on = captions.parse_repairs(repairs)
+    on = caption_prompts.parse_repairs(repairs)
     standard = mini.encode_text([f"a photo of a {n}." for n in NAMES])
     for i, x in enumerate(features[:, 0]):
         (text,) = captioner.captions(x[None])
         mine = personal_prompts(
-            text, captioner.keyword(text), NAMES, on, captions.token_length(mini)
+            text, captioner.keyword(text), NAMES, on, caption_prompts.token_length(mini)
         )
         rows = mini.encode_text(mine)
         if "average" in on:
@@ -312,7 +316,7 @@ def test_method_is_what_one_would_do_by_hand(mini, captioner, repairs):
         assert torch.allclose(done.logits_before[i], scale * standard @ x, atol=2e-3)
     assert done.selected.tolist() == [[True, False]] * 3
     with pytest.raises(ValueError, match="needs a captioner"):
-        captions.caption_prompts(features, prompts)
+        caption_prompts.caption_prompts(features, prompts)
 
 
 def test_a_run(world, tmp_path):  # noqa: F811
@@ -324,7 +328,7 @@ def test_a_run(world, tmp_path):  # noqa: F811
         done[repairs] = run(config, progress=False)
         assert len(done[repairs].records) == len(CLASSES) * PER_CLASS
         assert done[repairs].config.n_aug == 0  # one view is encoded, not eight
-    assert done["all"].config.repairs == "+".join(captions.REPAIRS)
+    assert done["all"].config.repairs == "+".join(caption_prompts.REPAIRS)
     a, b = (d.records for d in done.values())
     assert [r["pred_before"] for r in a] == [r["pred_before"] for r in b]
     assert [r["conf_after"] for r in a] != [r["conf_after"] for r in b]
@@ -340,12 +344,14 @@ def test_options_of_other_methods_are_refused(world):  # noqa: F811
 
 def test_grammar_is_in_miniclips_words():
     """Every word of the caption grammar is one that MiniCLIP's captions use."""
-    sys.path.insert(0, str(captions.Path(__file__).resolve().parents[2] / "data" / "miniclip"))
+    sys.path.insert(
+        0, str(caption_prompts.Path(__file__).resolve().parents[2] / "data" / "miniclip")
+    )
     try:
         import captions as training
     finally:
         sys.path.pop(0)
     known = set(re.findall(r"\w+", " ".join(training.vocabulary([]))))
-    for words in itertools.product(*captions.SLOTS.values()):
-        text = captions.sentence("", **dict(zip(captions.SLOTS, words, strict=True)))
+    for words in itertools.product(*caption_prompts.SLOTS.values()):
+        text = caption_prompts.sentence("", **dict(zip(caption_prompts.SLOTS, words, strict=True)))
         assert set(re.findall(r"\w+", text)) <= known

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from tpt_nb import check
+from tpt_nb.lessons import check
 
 
 def test_agreement_prints_one_line(capsys):

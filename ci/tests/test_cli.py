@@ -12,7 +12,7 @@ from test_experiment import BROKEN, CLASSES, PER_CLASS, world  # noqa: F401 (a f
 
 from tpt_nb import __main__ as cli
 from tpt_nb import metrics
-from tpt_nb.experiment import RunConfig, load_run
+from tpt_nb.runs import RunConfig, load_run
 
 REPO = Path(__file__).resolve().parents[2]
 FIELDS = [

@@ -10,7 +10,7 @@ from open_clip.transformer import QuickGELU
 from safetensors.torch import save_file
 from torchvision.transforms.functional import normalize
 
-from tpt_nb import clip as clip_module
+from tpt_nb import models
 
 TEXTS = ["a photo of a cat.", "a tiny photo of a hot air balloon, plain background.", "dog", ""]
 
@@ -25,7 +25,7 @@ def views():
 def mini_file(tmp_path_factory):
     """The file of a random MiniCLIP that knows the tokens of TEXTS only, and the model in it."""
     path = tmp_path_factory.mktemp("mini") / "miniclip.safetensors"
-    model = clip_module.build_mini(seed=3)
+    model = models.build_mini(seed=3)
     with torch.no_grad():
         for block in model.visual.modules():  # so that batch norm is more than the identity
             if isinstance(block, torch.nn.BatchNorm2d):
@@ -33,7 +33,7 @@ def mini_file(tmp_path_factory):
                 block.running_var.uniform_(0.5, 2)
                 block.weight.uniform_(0.5, 1)
     tokens = open_clip.tokenize(TEXTS).unique()
-    clip_module.save_mini(model, tokens, path)
+    models.save_mini(model, tokens, path)
     return path, model
 
 
@@ -98,8 +98,8 @@ def test_too_long_text_warns(mini):
 
 def test_mini_file_keeps_the_features(mini_file, views):
     path, model = mini_file
-    loaded = clip_module.load_mini(path, device="cpu")
-    original = clip_module.wrap(model, "original", device="cpu")
+    loaded = models.load_mini(path, device="cpu")
+    original = models.wrap(model, "original", device="cpu")
     assert path.stat().st_size < 12e6
     torch.testing.assert_close(
         loaded.encode_views(views), original.encode_views(views), atol=5e-3, rtol=0
@@ -111,10 +111,10 @@ def test_mini_file_keeps_the_features(mini_file, views):
 
 def test_saving_a_loaded_mini_again_changes_nothing(mini_file, tmp_path):
     path, _ = mini_file
-    loaded = clip_module.load(str(path), device="cpu")
+    loaded = models.load(str(path), device="cpu")
     seen = loaded.model.token_embedding.weight.abs().sum(dim=1).nonzero().flatten()
-    clip_module.save_mini(loaded.model, seen, tmp_path / "again.safetensors")
-    again = clip_module.load_mini(tmp_path / "again.safetensors", device="cpu")
+    models.save_mini(loaded.model, seen, tmp_path / "again.safetensors")
+    again = models.load_mini(tmp_path / "again.safetensors", device="cpu")
     assert again.fingerprint == loaded.fingerprint
     assert again.name == "mini" and again.image_size == 64
     assert (again.embed_dim, again.ctx_dim) == (256, 192)
@@ -123,18 +123,18 @@ def test_saving_a_loaded_mini_again_changes_nothing(mini_file, tmp_path):
 
 def test_fingerprint_sees_every_weight(mini_file):
     path, _ = mini_file
-    loaded = clip_module.load_mini(path, device="cpu")
+    loaded = models.load_mini(path, device="cpu")
     for name in ("logit_scale", "visual.bn1.running_mean", "positional_embedding"):
         value = loaded.model.state_dict()[name]
         kept = value.clone()
         value.view(-1)[0] += 1e-3
-        assert clip_module.weights_fingerprint(loaded.model) != loaded.fingerprint, name
+        assert models.weights_fingerprint(loaded.model) != loaded.fingerprint, name
         value.copy_(kept)
-    assert clip_module.weights_fingerprint(loaded.model) == loaded.fingerprint
+    assert models.weights_fingerprint(loaded.model) == loaded.fingerprint
 
 
 def test_unseen_token_warns_once_and_names_it(mini_file):
-    loaded = clip_module.load_mini(mini_file[0], device="cpu")
+    loaded = models.load_mini(mini_file[0], device="cpu")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         loaded.encode_text(TEXTS)
@@ -149,28 +149,28 @@ def test_unseen_token_warns_once_and_names_it(mini_file):
 
 def test_missing_and_damaged_files_say_how_to_rebuild(mini_file, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere.*data/miniclip/train.py"):
-        clip_module.load_mini(tmp_path / "nowhere.safetensors")
+        models.load_mini(tmp_path / "nowhere.safetensors")
     damaged = tmp_path / "damaged.safetensors"
     damaged.write_bytes(mini_file[0].read_bytes()[:100_000])
     with pytest.raises(ValueError, match=r"damaged.*data/miniclip/train.py"):
-        clip_module.load_mini(damaged)
+        models.load_mini(damaged)
 
 
 def test_float16_overflow_is_refused(tmp_path):
-    model = clip_module.build_mini(0)
+    model = models.build_mini(0)
     with torch.no_grad():
         model.text_projection[0, 0] = 1e6
     with pytest.raises(ValueError, match="text_projection"):
-        clip_module.save_mini(model, [320], tmp_path / "x.safetensors")
+        models.save_mini(model, [320], tmp_path / "x.safetensors")
     assert not (tmp_path / "x.safetensors").exists()
 
 
 def test_build_mini_depends_on_its_seed_alone():
     torch.manual_seed(5)
     state = torch.get_rng_state()
-    a, b = clip_module.build_mini(1), clip_module.build_mini(2)
+    a, b = models.build_mini(1), models.build_mini(2)
     assert torch.equal(torch.get_rng_state(), state)
-    assert torch.equal(a.text_projection, clip_module.build_mini(1).text_projection)
+    assert torch.equal(a.text_projection, models.build_mini(1).text_projection)
     assert not torch.equal(a.text_projection, b.text_projection)
 
 
@@ -190,8 +190,8 @@ def _openai_model_module():
 
 
 def test_openai_code_gives_the_same_features(mini_file, views):
-    loaded = clip_module.load_mini(mini_file[0], device="cpu")
-    state = clip_module.to_openai_state_dict(loaded.model)
+    loaded = models.load_mini(mini_file[0], device="cpu")
+    state = models.to_openai_state_dict(loaded.model)
     theirs = _openai_model_module().build_model(state).float()
     with torch.no_grad():
         x = normalize(views / 255, loaded.mean, loaded.std)
@@ -207,8 +207,8 @@ def test_openai_code_gives_the_same_features(mini_file, views):
 
 @pytest.mark.parametrize("kind", ["state_dict", "nested", "safetensors", "torchscript"])
 def test_local_checkpoints_load(mini_file, views, tmp_path, kind):
-    loaded = clip_module.load_mini(mini_file[0], device="cpu")
-    state = clip_module.to_openai_state_dict(loaded.model)
+    loaded = models.load_mini(mini_file[0], device="cpu")
+    state = models.to_openai_state_dict(loaded.model)
     path = tmp_path / ("weights.safetensors" if kind == "safetensors" else "weights.pt")
     if kind == "safetensors":
         save_file(state, path)
@@ -218,7 +218,7 @@ def test_local_checkpoints_load(mini_file, views, tmp_path, kind):
         torch.save({"state_dict": {f"module.{k}": v for k, v in state.items()}, "epoch": 3}, path)
     else:
         torch.save(state, path)
-    again = clip_module.load(str(path), device="cpu")
+    again = models.load(str(path), device="cpu")
     assert again.fingerprint == loaded.fingerprint
     assert any(isinstance(m, QuickGELU) for m in again.model.modules())
     torch.testing.assert_close(again.encode_views(views), loaded.encode_views(views))
@@ -243,9 +243,9 @@ def _save_torchscript(state, path):
 
 
 def test_float32_checkpoints_are_not_rounded(tmp_path):
-    model = clip_module.build_mini(4)
+    model = models.build_mini(4)
     torch.save(model.state_dict(), tmp_path / "w.pt")
-    loaded = clip_module.load(str(tmp_path / "w.pt"), device="cpu")
+    loaded = models.load(str(tmp_path / "w.pt"), device="cpu")
     assert torch.equal(loaded.model.visual.conv1.weight, model.visual.conv1.weight)
 
 
@@ -256,14 +256,14 @@ def test_loading_runs_no_code_from_the_file(tmp_path):
 
     torch.save({"state_dict": {"a": torch.ones(1)}, "x": Evil()}, tmp_path / "evil.pt")
     with pytest.raises(Exception, match="[Ww]eights.only"):
-        clip_module.load(str(tmp_path / "evil.pt"), device="cpu")
+        models.load(str(tmp_path / "evil.pt"), device="cpu")
     assert not (tmp_path / "pwned").exists()
 
 
 def test_a_file_of_something_else_is_named(tmp_path):
     torch.save({"weight": torch.ones(2)}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match=r"other.pt is not a checkpoint of the OpenAI family"):
-        clip_module.load(str(tmp_path / "other.pt"), device="cpu")
+        models.load(str(tmp_path / "other.pt"), device="cpu")
 
 
 # --- open_clip's registry ------------------------------------------------------------------------
@@ -272,11 +272,11 @@ def test_a_file_of_something_else_is_named(tmp_path):
 @pytest.fixture
 def tiny_registry(monkeypatch, mini_file):
     """An architecture "tiny" with two tags in open_clip's registry, served from a local file."""
-    loaded = clip_module.load_mini(mini_file[0], device="cpu")
+    loaded = models.load_mini(mini_file[0], device="cpu")
     weights = mini_file[0].with_name("tiny.pt")
     if not weights.exists():
         torch.save(loaded.model.state_dict(), weights)
-    config = {k: v for k, v in clip_module.MINI_CONFIG.items() if k != "quick_gelu"}
+    config = {k: v for k, v in models.MINI_CONFIG.items() if k != "quick_gelu"}
     tags = {tag: {"url": "local", "quick_gelu": tag == "openai"} for tag in ("openai", "laion")}
     monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny", config)
     monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "tiny", tags)
@@ -290,17 +290,17 @@ def test_tags_decide_the_activation(tiny_registry):
     expected, weights = tiny_registry
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # open_clip warns when activation and weights disagree
-        quick = clip_module.load("tiny@openai", device="cpu")
-        plain = clip_module.load("tiny@laion", device="cpu")
+        quick = models.load("tiny@openai", device="cpu")
+        plain = models.load("tiny@laion", device="cpu")
     assert any(isinstance(m, QuickGELU) for m in quick.model.modules())
     assert not any(isinstance(m, QuickGELU) for m in plain.model.modules())
     torch.testing.assert_close(quick.encode_text(TEXTS), expected.encode_text(TEXTS))
     assert (plain.encode_text(TEXTS) - expected.encode_text(TEXTS)).abs().max() > 1e-4
-    named = clip_module.load(f"tiny@{weights}", device="cpu")
+    named = models.load(f"tiny@{weights}", device="cpu")
     assert not any(isinstance(m, QuickGELU) for m in named.model.modules())
 
 
-@pytest.mark.parametrize("name", [*clip_module.OPENAI_MODELS, "ViT-B-16"])
+@pytest.mark.parametrize("name", [*models.OPENAI_MODELS, "ViT-B-16"])
 def test_openai_names_get_quick_gelu(monkeypatch, name):
     built = {}
     create_model = open_clip.create_model
@@ -315,18 +315,18 @@ def test_openai_names_get_quick_gelu(monkeypatch, name):
 
     monkeypatch.setattr(open_clip, "create_model", create)
     with pytest.raises(RuntimeError, match="without a network use 'mini'"):
-        clip_module.load(name, device="cpu")
+        models.load(name, device="cpu")
     mlp = [m for n, m in built["model"].named_modules() if n.endswith("mlp.gelu")]
     assert mlp and all(isinstance(m, QuickGELU) for m in mlp)
 
 
 def test_unknown_names_list_the_known_ones():
     with pytest.raises(ValueError, match=r"unknown model 'RN5O'.*mini.*RN50.*ViT-L/14"):
-        clip_module.load("RN5O")
+        models.load("RN5O")
     with pytest.raises(ValueError, match=r"known tags: .*openai"):
-        clip_module.load("RN50@nonsense")
+        models.load("RN50@nonsense")
     with pytest.raises(ValueError, match="there is no file"):
-        clip_module.load("no/such/file.pt")
+        models.load("no/such/file.pt")
 
 
 def test_text_towers_that_are_not_causal_are_refused():
@@ -344,4 +344,4 @@ def test_text_towers_that_are_not_causal_are_refused():
     }
     model = open_clip.model.CustomTextCLIP(**config)
     with pytest.raises(ValueError, match="causal text tower"):
-        clip_module.text_tower(model)
+        models.text_tower(model)

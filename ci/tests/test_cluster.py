@@ -22,9 +22,10 @@ from fsspec.implementations.local import LocalFileSystem
 from test_experiment import BROKEN, world  # noqa: F401 (a fixture)
 
 from tpt_nb import __main__ as cli
-from tpt_nb import __version__, cluster, storage
-from tpt_nb.experiment import RunConfig, run
-from tpt_nb.storage import Storage
+from tpt_nb import __version__
+from tpt_nb.runs import RunConfig, run
+from tpt_nb.scale import cluster, storage
+from tpt_nb.scale.storage import Storage
 
 REPO = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPO / "ci"))

@@ -6,8 +6,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from tpt_nb import check
 from tpt_nb.course import grading, grafts, masters, sandbox
+from tpt_nb.lessons import check
 
 REPO = Path(__file__).resolve().parents[2]
 MISTAKES = {

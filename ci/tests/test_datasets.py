@@ -12,8 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from tpt_nb import benchmarks, datasets
-from tpt_nb.benchmarks import BENCHMARKS, imagenet_classes
+from tpt_nb import datasets
+from tpt_nb.datasets import BENCHMARKS, imagenet_classes
 
 PNG = None
 
@@ -463,14 +463,14 @@ def test_the_card_has_a_line_for_each_set():
 
 def test_order_check_lets_other_wordings_pass():
     known = ["cat", "dog", "tabby cat", "cat"]
-    benchmarks.check_order("toy", known, ["Cat", "hound", "tabby_cat", "kitten"])
+    datasets.check_order("toy", known, ["Cat", "hound", "tabby_cat", "kitten"])
     with pytest.raises(ValueError, match="label 1 is 'dog', but the list has 'cat'"):
-        benchmarks.check_order("toy", known, ["dog", "cat", "tabby cat", "cat"])
+        datasets.check_order("toy", known, ["dog", "cat", "tabby cat", "cat"])
 
 
 def test_templates_of_the_data_sets(mini):
-    from tpt_nb.experiment import RunConfig, make_prompts
-    from tpt_nb.prompts import template_features
+    from tpt_nb.models import template_features
+    from tpt_nb.runs import RunConfig, make_prompts
 
     assert datasets.template("dtd") == "{} texture."
     assert datasets.template("imagenet-a") == datasets.template("folder") == "a photo of a {}."

@@ -16,9 +16,9 @@ from PIL import Image
 from test_folder import MeanColour
 
 from tpt_nb import datasets
-from tpt_nb.encode import encode
-from tpt_nb.folder import load_folder
-from tpt_nb.remote import Remote, is_remote
+from tpt_nb.core.remote import Remote, is_remote
+from tpt_nb.datasets import load_folder
+from tpt_nb.features import encode
 from tpt_nb.views import RandomViews
 
 FILES = ["n01498041/a.png", "n01498041/b.png", "n07753592/x/c.png", "n07753592/d.png"]

@@ -10,13 +10,17 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from tpt_nb import adapt, datasets, diffusion, experiment, methods
+from tpt_nb import datasets, methods, runs
 from tpt_nb.__main__ import main
-from tpt_nb.clip import load as load_clip
-from tpt_nb.diffusion import filter_views, generate, pictures_of
-from tpt_nb.encode import encode
-from tpt_nb.experiment import RunConfig, run
-from tpt_nb.prompts import Prompts
+from tpt_nb.features import encode
+from tpt_nb.methods import difftpt
+from tpt_nb.methods.difftpt import pictures as pictures_module
+from tpt_nb.methods.difftpt import pipeline as pipeline_module
+from tpt_nb.methods.difftpt.adapt import filter_views
+from tpt_nb.methods.difftpt.pictures import generate, pictures_of
+from tpt_nb.models import Prompts
+from tpt_nb.models import load as load_clip
+from tpt_nb.runs import RunConfig, run
 from tpt_nb.views import make_augmenter
 
 NAMES = ["cat", "apple", "hot dog"]
@@ -85,8 +89,8 @@ def test_without_a_filter_difftpt_is_tpt_on_all_views(mini, views):
     prompts = Prompts(mini, NAMES)
     every = torch.cat(views, 1)
     for steps in (1, 4):
-        got = diffusion.difftpt(*_args(views, prompts), keep=1.0, rho=0.3, steps=steps, lr=0.01)
-        expected = adapt.tpt(every, prompts, rho=0.3, steps=steps, lr=0.01)
+        got = difftpt.difftpt(*_args(views, prompts), keep=1.0, rho=0.3, steps=steps, lr=0.01)
+        expected = methods.tpt(every, prompts, rho=0.3, steps=steps, lr=0.01)
         assert torch.equal(got.logits, expected.logits)
         assert torch.equal(got.selected, expected.selected)
 
@@ -97,8 +101,8 @@ def _args(views, prompts):
 
 def test_without_generated_views_left_difftpt_is_tpt_on_the_crops(mini, views):
     prompts = Prompts(mini, NAMES)
-    got = diffusion.difftpt_paper(*_args(views, prompts), keep=0.0, lr=0.01)
-    expected = adapt.tpt(views[0], prompts, rho=0.3, steps=4, lr=0.01)
+    got = difftpt.difftpt_paper(*_args(views, prompts), keep=0.0, lr=0.01)
+    expected = methods.tpt(views[0], prompts, rho=0.3, steps=4, lr=0.01)
     assert torch.equal(got.logits, expected.logits)
     assert not got.selected[:, 7:].any()
 
@@ -112,11 +116,11 @@ def test_the_named_settings_select_among_what_their_filter_keeps(mini, views):
         "difftpt_code": filter_views(*views, logits, "all", 0.8),
     }
     for name, kept in rules.items():
-        got = adapt.METHODS[name](*_args(views, prompts), lr=0.01)
+        got = methods.METHODS[name](*_args(views, prompts), lr=0.01)
         inside = torch.zeros(3, 17, dtype=torch.bool).scatter(1, kept, True)
         assert not (got.selected & ~inside).any()
         assert (got.selected.sum(1) == int(kept.shape[1] * 0.3)).all()
-        least = adapt.tpt(every[0, kept[0]][None], prompts, rho=0.3, steps=4, lr=0.01)
+        least = methods.tpt(every[0, kept[0]][None], prompts, rho=0.3, steps=4, lr=0.01)
         assert torch.allclose(got.logits[0], least.logits[0], atol=1e-4)
     assert rules["difftpt_paper"].shape[1] == 7 + 8
     assert rules["difftpt_code"].shape[1] == 1 + int(16 * 0.8)
@@ -124,22 +128,22 @@ def test_the_named_settings_select_among_what_their_filter_keeps(mini, views):
 
 def test_vote_on_the_same_views(mini, views):
     prompts = Prompts(mini, NAMES)
-    got = diffusion.difftpt_vote(*_args(views, prompts), rho=0.3)
+    got = difftpt.difftpt_vote(*_args(views, prompts), rho=0.3)
     expected = methods.vote(torch.cat(views, 1), prompts, rho=0.3)
     assert torch.equal(got.logits, expected.logits)
 
 
 def test_generated_views_go_to_their_image(mini, views):
     prompts = Prompts(mini, NAMES)
-    made = diffusion.Generated(["c", "a", "b"], views[1][[2, 0, 1]])
-    got = diffusion.difftpt_paper(views[0], prompts, made, ids=["a", "b", "c"])
-    assert torch.equal(got.logits, diffusion.difftpt_paper(*_args(views, prompts)).logits)
+    made = difftpt.Generated(["c", "a", "b"], views[1][[2, 0, 1]])
+    got = difftpt.difftpt_paper(views[0], prompts, made, ids=["a", "b", "c"])
+    assert torch.equal(got.logits, difftpt.difftpt_paper(*_args(views, prompts)).logits)
     with pytest.raises(ValueError, match="ids"):
-        diffusion.difftpt_paper(views[0], prompts, made)
+        difftpt.difftpt_paper(views[0], prompts, made)
     with pytest.raises(ValueError, match="needs generated views"):
-        diffusion.difftpt_code(views[0], prompts)
+        difftpt.difftpt_code(views[0], prompts)
     with pytest.raises(ValueError, match=r"\[2, 10, .*expected \[B,G,D\]"):
-        diffusion.difftpt_vote(views[0], prompts, views[1][:2])
+        difftpt.difftpt_vote(views[0], prompts, views[1][:2])
 
 
 # --- the cache -----------------------------------------------------------------------------------
@@ -178,7 +182,7 @@ def scenes() -> datasets.Dataset:
 def test_pictures_survive_packing():
     for n in (1, 8, 11):
         pictures = torch.randint(0, 256, (n, 3, 5, 5), dtype=torch.uint8)
-        got, seconds = diffusion.unpack(diffusion.pack(pictures, 1.25))
+        got, seconds = difftpt.unpack(difftpt.pack(pictures, 1.25))
         assert torch.equal(got, pictures) and seconds == 1.25
 
 
@@ -209,7 +213,7 @@ def test_a_killed_generation_goes_on(scenes, tmp_path):
     undisturbed = generate(scenes, Paint(), 3, cache=tmp_path / "other")
     for image_id in scenes.ids:
         assert torch.equal(again.read(image_id, 3), undisturbed.read(image_id, 3))
-    damaged = again.folder / diffusion.file_name(scenes.ids[0])
+    damaged = again.folder / difftpt.file_name(scenes.ids[0])
     damaged.write_bytes(damaged.read_bytes()[:60])
     assert again.missing(scenes.ids, 3) == scenes.ids[:1]
     painter = Paint()
@@ -231,11 +235,11 @@ def test_missing_or_other_pictures_are_an_error_that_says_how_to_make_them(scene
 
 
 def test_an_archive_serves_what_the_folder_lacks(scenes, tmp_path, monkeypatch):
-    monkeypatch.setattr(diffusion, "SHIPPED", tmp_path / "shipped")
+    monkeypatch.setattr(pictures_module, "SHIPPED", tmp_path / "shipped")
     made = generate(scenes, Paint(), 3, cache=tmp_path / "here")
-    archive = diffusion.ship(made, scenes.ids[:3])
+    archive = difftpt.ship(made, scenes.ids[:3])
     again = archive.read_bytes()
-    assert diffusion.ship(made, scenes.ids[:3]).read_bytes() == again  # no dates in it
+    assert difftpt.ship(made, scenes.ids[:3]).read_bytes() == again  # no dates in it
     elsewhere = pictures_of(scenes, Paint(), 0, tmp_path / "elsewhere")
     assert elsewhere.missing(scenes.ids, 3) == scenes.ids[3:]
     assert torch.equal(elsewhere.read(scenes.ids[1], 3), made.read(scenes.ids[1], 3))
@@ -243,12 +247,12 @@ def test_an_archive_serves_what_the_folder_lacks(scenes, tmp_path, monkeypatch):
 
 def test_the_variations_of_the_notebooks_images_ship(tmp_path):
     images = datasets.load("iconshift-a", n=100)
-    shipped = pictures_of(images, diffusion.load_generator("mini"), cache=tmp_path)
+    shipped = pictures_of(images, difftpt.load_generator("mini"), cache=tmp_path)
     shipped.check(images.ids, 16)  # the error says how to make them again; then diffusion.ship
 
 
 def test_file_names_are_safe_and_differ():
-    names = {diffusion.file_name(i) for i in ("a/b.jpg", "a-b.jpg", "ä/../x" * 60, "")}
+    names = {difftpt.file_name(i) for i in ("a/b.jpg", "a-b.jpg", "ä/../x" * 60, "")}
     assert len(names) == 4 and all("/" not in n and len(n) < 100 for n in names)
 
 
@@ -258,7 +262,9 @@ def test_file_names_are_safe_and_differ():
 @pytest.fixture
 def painted(monkeypatch):
     """Runs in which every generator paints."""
-    monkeypatch.setattr(diffusion, "load_generator", lambda name, device="cpu": Paint(side=16))
+    monkeypatch.setattr(
+        pipeline_module, "load_generator", lambda name, device="cpu": Paint(side=16)
+    )
 
 
 def _config(tmp_path, **more):
@@ -292,9 +298,9 @@ def test_a_run_reads_pictures_and_says_what_they_cost(painted, tmp_path, capsys)
 
 def test_the_control_takes_the_crops_that_come_next(tmp_path):
     config = _config(tmp_path, method="difftpt_code", generator="crops")
-    resolved, _ = experiment.resolve(config)
+    resolved, _ = runs.resolve(config)
     data, clip = datasets.load("iconshift-a", n=3), load_clip("mini", device="cpu")
-    made = diffusion.bind(diffusion.difftpt_code, resolved, clip, data).keywords["generated"]
+    made = difftpt.bind(difftpt.difftpt_code, resolved, clip, data).keywords["generated"]
     more = encode(data, clip, make_augmenter("random", clip.image_size, n_aug=7), cache=False)
     assert torch.equal(made.features, more.features[:, 4:])
     done = run(config)
@@ -306,18 +312,18 @@ def test_the_control_takes_the_crops_that_come_next(tmp_path):
 def test_options_of_difftpt_belong_to_difftpt(tmp_path):
     with pytest.raises(ValueError, match="generator='crops' is for method 'difftpt'"):
         run(_config(tmp_path, method="tpt", generator="crops", n_generated=None))
-    plain, _ = experiment.resolve(RunConfig(dataset="iconshift-a", method="tpt"))
-    assert "generator" not in experiment.identity(plain)  # old runs keep their names
+    plain, _ = runs.resolve(RunConfig(dataset="iconshift-a", method="tpt"))
+    assert "generator" not in runs.identity(plain)  # old runs keep their names
     assert plain.tta_steps == 1
 
 
 def test_without_diffusers_only_new_pictures_fail(scenes, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(ValueError, match="needs diffusers: pip install") as error:
-        diffusion.variations(scenes[0][0], 1)
+        difftpt.variations(scenes[0][0], 1)
     assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="needs diffusers"):
-        diffusion.PipelineGenerator("nobody/nothing").make(scenes[0][0], [0])
+        difftpt.PipelineGenerator("nobody/nothing").make(scenes[0][0], [0])
     assert run(_config(tmp_path, method="difftpt_paper", generator="crops")).summary["n"] == 3
 
 
@@ -328,15 +334,15 @@ def test_without_diffusers_only_new_pictures_fail(scenes, tmp_path, monkeypatch)
 )  # fmt: skip
 def test_bad_generators(name, says):
     with pytest.raises(ValueError, match=says):
-        diffusion.load_generator(name)
+        difftpt.load_generator(name)
 
 
 def test_names_of_generators():
-    made = diffusion.load_generator("mini:steps=4,guidance=1")
+    made = difftpt.load_generator("mini:steps=4,guidance=1")
     assert (made.steps, made.guidance) == (4, 1.0)
-    made = diffusion.load_generator(diffusion.PAPER + ":steps=25")
-    assert (made.name, made.steps, made.guidance) == (diffusion.PAPER, 25, 3.0)
-    assert diffusion.usual_number("mini:steps=4") < diffusion.usual_number(diffusion.PAPER) == 63
+    made = difftpt.load_generator(difftpt.PAPER + ":steps=25")
+    assert (made.name, made.steps, made.guidance) == (difftpt.PAPER, 25, 3.0)
+    assert difftpt.usual_number("mini:steps=4") < difftpt.usual_number(difftpt.PAPER) == 63
 
 
 # --- the embedded generator ----------------------------------------------------------------------
@@ -344,7 +350,7 @@ def test_names_of_generators():
 
 def test_the_same_seed_gives_the_same_picture_in_any_company(scenes):
     pytest.importorskip("diffusers")
-    generator = diffusion.MiniGenerator(steps=1)
+    generator = difftpt.MiniGenerator(steps=1)
     image = scenes[0][0]
     some = generator.make(image, [3, 4, 5])
     many = generator.make(image, [*range(100, 108), 4])
@@ -355,13 +361,13 @@ def test_the_same_seed_gives_the_same_picture_in_any_company(scenes):
 
 def test_a_generator_without_weights_says_where_they_come_from(tmp_path):
     with pytest.raises(ValueError, match="train.py"):
-        diffusion.MiniGenerator(weights=tmp_path / "none.safetensors")
+        difftpt.MiniGenerator(weights=tmp_path / "none.safetensors")
 
 
 def test_denoising_with_a_perfect_network_gives_the_image():
     pytest.importorskip("diffusers")
     image = torch.rand(1, 3, 32, 32) * 2 - 1
-    schedule = diffusion.build_schedule()
+    schedule = difftpt.build_schedule()
 
     class Perfect:
         """Knows the image, so that its velocity is exact."""
@@ -373,7 +379,7 @@ def test_denoising_with_a_perfect_network_gives_the_image():
 
     for steps, guidance in ((1, 1.0), (10, 1.0), (10, 3.0)):
         noise = torch.randn(1, 3, 32, 32)
-        got = diffusion.denoise(Perfect(), schedule, noise, torch.zeros(1, 256), steps, guidance)
+        got = difftpt.denoise(Perfect(), schedule, noise, torch.zeros(1, 256), steps, guidance)
         assert torch.allclose(got, image, atol=1e-3)
 
 
@@ -381,13 +387,13 @@ def test_most_variations_of_source_scenes_are_recognised(mini):
     """The shipped weights: MiniCLIP names the class far above chance (1 in 200)."""
     pytest.importorskip("diffusers")
     known, clip = datasets.load("iconshift-v2", n=6), load_clip("mini", device="cpu")
-    generator = diffusion.MiniGenerator(steps=4)
+    generator = difftpt.MiniGenerator(steps=4)
     text = Prompts(clip, known.classnames).text_features()
     hits = []
     for i, image_id in enumerate(known.ids):
-        made = diffusion.variations(known[i][0], 4, generator, image_id=image_id)
+        made = difftpt.variations(known[i][0], 4, generator, image_id=image_id)
         row = Image.fromarray(torch.cat(list(made), 2).permute(1, 2, 0).numpy())
-        features = clip.encode_views(diffusion.Row(4, clip.image_size)(row))
+        features = clip.encode_views(difftpt.Row(4, clip.image_size)(row))
         hits += ((features @ text.T).argmax(1) == known.targets[i]).tolist()
     assert np.mean(hits) > 0.2
 
@@ -429,12 +435,12 @@ def tiny_pipeline(tmp_path_factory):
 
 def test_the_papers_pipeline(tiny_pipeline, scenes, tmp_path):
     name = f"{tiny_pipeline}:steps=2,side=16"
-    generator = diffusion.load_generator(f"{name},batch=2")
+    generator = difftpt.load_generator(f"{name},batch=2")
     made = generate(scenes, generator, 3, cache=tmp_path).read(scenes.ids[0], 3)
     assert made.shape == (3, 3, 16, 16)
-    one_by_one = diffusion.load_generator(f"{name},batch=1")
+    one_by_one = difftpt.load_generator(f"{name},batch=1")
     assert generator.spec() == one_by_one.spec()  # it is the same cache
-    seeds = [diffusion.picture_seed(0, scenes.ids[0], k) for k in range(3)]
+    seeds = [difftpt.picture_seed(0, scenes.ids[0], k) for k in range(3)]
     again = one_by_one.make(scenes[0][0], seeds)
     assert (again.int() - made.int()).abs().max() <= 1  # rounding
     assert not torch.equal(made[0], made[1])
@@ -450,11 +456,11 @@ def test_a_pipeline_that_takes_no_image(scenes, tmp_path):
     )  # fmt: skip
     diffusers.DDPMPipeline(unet, diffusers.DDPMScheduler()).save_pretrained(tmp_path / "ddpm")
     with pytest.raises(ValueError, match="takes no image"):
-        diffusion.load_generator(str(tmp_path / "ddpm")).make(scenes[0][0], [0])
+        difftpt.load_generator(str(tmp_path / "ddpm")).make(scenes[0][0], [0])
 
 
 def test_a_pipeline_that_is_not_there(scenes, tmp_path, monkeypatch):
     pytest.importorskip("diffusers")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="cannot load the diffusion pipeline"):
-        diffusion.load_generator(str(tmp_path / "empty")).make(scenes[0][0], [0])
+        difftpt.load_generator(str(tmp_path / "empty")).make(scenes[0][0], [0])

@@ -15,9 +15,8 @@ import numpy as np
 import pytest
 
 from tpt_nb import __main__ as cli
-from tpt_nb import sources
-from tpt_nb.benchmarks import BENCHMARKS
-from tpt_nb.download import DownloadError, Source, fetch, unpack
+from tpt_nb.core.download import DownloadError, Source, fetch, unpack
+from tpt_nb.datasets import BENCHMARKS, sources
 
 DATA = np.random.default_rng(0).bytes(1_000_003)
 SHA = hashlib.sha256(DATA).hexdigest()

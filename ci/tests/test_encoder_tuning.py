@@ -1,11 +1,11 @@
 import pytest
 import torch
 
-from tpt_nb import adapt, datasets
-from tpt_nb.encode import encode
-from tpt_nb.encoder_tuning import bind, tune_encoder
-from tpt_nb.experiment import RunConfig, resolve, run
-from tpt_nb.prompts import Prompts
+from tpt_nb import datasets, methods
+from tpt_nb.features import encode
+from tpt_nb.methods import bind, tune_encoder
+from tpt_nb.models import Prompts
+from tpt_nb.runs import RunConfig, resolve, run
 from tpt_nb.views import RandomViews
 
 N, N_AUG = 3, 11
@@ -23,7 +23,7 @@ def world(mini):
 
 def test_a_tower_that_does_not_move_is_tpt(world):
     _, features, prompts, method = world
-    tpt = adapt.tpt(features.features, prompts, rho=0.3, lr=0.02)
+    tpt = methods.tpt(features.features, prompts, rho=0.3, lr=0.02)
     out = method(features.features, prompts, ids=features.ids, rho=0.3, lr=0.02, encoder_lr=0.0)
     torch.testing.assert_close(out.logits, tpt.logits, atol=1e-3, rtol=0)
     # the project's bound for logits in float32: the initial text features are made in two ways

@@ -20,9 +20,12 @@ import pytest
 import torch
 from PIL import Image
 
-from tpt_nb import clip as clips
-from tpt_nb import experiment, losses, metrics, prompts
-from tpt_nb.experiment import RunConfig, run
+from tpt_nb import losses, metrics, models
+from tpt_nb import runs as experiment
+from tpt_nb.core import files, messages
+from tpt_nb.models import load as load_module
+from tpt_nb.runs import RunConfig, run
+from tpt_nb.runs import config as config_module
 
 REPO = Path(__file__).resolve().parents[2]
 CLASSES = ["circle", "cross", "disc", "square", "star", "stripe"]
@@ -48,11 +51,11 @@ def world(tmp_path_factory) -> dict:
             picture = Image.fromarray(pixels).resize((48, 40), Image.Resampling.NEAREST)
             picture.save(place / "images" / name / f"{i}.png")
     (place / "images" / BROKEN).write_bytes(b"\x89PNG not really")
-    model = clips.build_mini(0, TINY)
+    model = models.build_mini(0, TINY)
     torch.nn.init.normal_(model.text_projection, std=0.5)  # else the classes hardly differ
-    tokens = clips.open_clip.get_tokenizer("RN50")([f"a photo of a {c}." for c in CLASSES])
-    clips.save_mini(model, tokens.flatten().tolist(), place / "tiny.safetensors")
-    prompts.save_coop(place / "coop.pth.tar", torch.randn(4, 64) * 0.02, epoch=1)
+    tokens = models.open_clip.get_tokenizer("RN50")([f"a photo of a {c}." for c in CLASSES])
+    models.save_mini(model, tokens.flatten().tolist(), place / "tiny.safetensors")
+    models.save_coop(place / "coop.pth.tar", torch.randn(4, 64) * 0.02, epoch=1)
     return {
         "dataset": "folder",
         "root": str(place / "images"),
@@ -67,7 +70,7 @@ def world(tmp_path_factory) -> dict:
 
 @pytest.fixture
 def config(world, tmp_path, monkeypatch) -> RunConfig:
-    monkeypatch.setattr(experiment, "GROUP", 8)
+    monkeypatch.setattr(config_module, "GROUP", 8)
     return RunConfig(**world, out=str(tmp_path / "runs"))
 
 
@@ -121,13 +124,13 @@ def child(config: RunConfig, kill: tuple | None) -> None:
             self.file.write(data)
 
     if what == "encode":
-        clips.Clip.encode_views = after(clips.Clip.encode_views)
+        models.Clip.encode_views = after(models.Clip.encode_views)
     elif what == "adapt":
         experiment.to_records = after(experiment.to_records)
     elif what == "bytes":
         experiment.open = Torn
     elif what == "json":
-        experiment._write_json = after(experiment._write_json)
+        files._write_json = after(files._write_json)
     run(config, progress=False)
 
 
@@ -242,7 +245,7 @@ def test_two_runs_and_other_workers_give_the_same_records(config, tmp_path):
 
 def test_a_finished_run_is_loaded(config, capsys, monkeypatch):
     first = one_run(config)
-    monkeypatch.setattr(clips, "load", None)  # nothing may be computed
+    monkeypatch.setattr(load_module, "load", None)  # nothing may be computed
     capsys.readouterr()
     again = one_run(config)
     out = capsys.readouterr().out
@@ -258,8 +261,8 @@ def test_records_agree_with_the_logits(config):
     done = one_run(config)
     assert [r["id"] for r in done.records] == sorted(r["id"] for r in done.records)
     assert len(done.records) == len(CLASSES) * PER_CLASS
-    clip = clips.load(config.model, "cpu")
-    features = prompts.Prompts(clip, CLASSES).text_features()
+    clip = models.load(config.model, "cpu")
+    features = models.Prompts(clip, CLASSES).text_features()
     for r in done.records[::7]:
         image = Image.open(Path(config.root) / r["id"]).convert("RGB")
         from tpt_nb.views import RandomViews
@@ -374,7 +377,7 @@ def test_run_names_say_what_differs(config):
 def test_weights_count_by_content(config, tmp_path):
     name = experiment.run_name(config)
     file = tmp_path / "tiny.safetensors"
-    clips.save_mini(clips.build_mini(1, TINY), [1, 2, 3], file)
+    models.save_mini(models.build_mini(1, TINY), [1, 2, 3], file)
     assert experiment.run_name(dataclasses.replace(config, model=str(file))) != name
 
 
@@ -451,7 +454,7 @@ def test_unknown_parameters_are_refused():
 
 @pytest.mark.parametrize("shape, message", [((3, 64), "M=3"), ((4, 100), "width 100")])
 def test_a_coop_file_that_does_not_fit(config, tmp_path, shape, message):
-    prompts.save_coop(tmp_path / "c.pth.tar", torch.zeros(shape), epoch=1)
+    models.save_coop(tmp_path / "c.pth.tar", torch.zeros(shape), epoch=1)
     with pytest.raises(ValueError, match=message):
         one_run(config, coop=str(tmp_path / "c.pth.tar"))
     assert not Path(config.out).exists()
@@ -471,7 +474,7 @@ def test_a_set_without_readable_images_is_an_error(config, tmp_path):
 
 def test_auto_is_mini_without_a_gpu_and_says_why_once(config, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(experiment, "_said", set())
+    monkeypatch.setattr(messages, "_said", set())
     assert experiment.choose_profile(RunConfig()) == ("mini", "no CUDA GPU here")
     one_run(config)
     one_run(config, n_aug=3)
@@ -483,15 +486,15 @@ def test_auto_is_mini_without_a_gpu_and_says_why_once(config, monkeypatch, capsy
 @pytest.mark.parametrize("weights", [False, True])
 @pytest.mark.parametrize("data", [False, True])
 def test_auto_is_full_only_where_everything_is_there(monkeypatch, gpu, weights, data):
-    from tpt_nb import datasets
+    from tpt_nb.datasets import registry
 
     def load(name, **_):
         if not data:
             raise FileNotFoundError(f"{name} is not downloaded")
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    monkeypatch.setattr(experiment, "weights_here", lambda model: weights)
-    monkeypatch.setattr(datasets, "load", load)
+    monkeypatch.setattr(config_module, "weights_here", lambda model: weights)
+    monkeypatch.setattr(registry, "load", load)
     profile, why = experiment.choose_profile(RunConfig())
     assert profile == ("full" if gpu and weights and data else "mini")
     missing = {"GPU": gpu, "weights": weights, "downloaded": data}

@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from test_adapt import assert_equal, views_of
 
-from tpt_nb import adapt, tower
-from tpt_nb import clip as clip_module
+from tpt_nb import core, methods, models
+from tpt_nb.core import machine
 from tpt_nb.losses import LOSSES, get_loss
-from tpt_nb.prompts import Prompts
-from tpt_nb.tower import LONGEST, Packed, causal_tower, prefix_states
+from tpt_nb.methods import tuning
+from tpt_nb.models import LONGEST, Packed, Prompts, causal_tower, prefix_states
+from tpt_nb.models import packed as packed_module
 
 NAMES = ["cat", "hot air balloon", "fire_engine", "St. Bernard", "U.S.", "X-ray of a b c", "cat"]
 MANY = 10**6  # images: the Jacobian is worth it
@@ -21,17 +22,17 @@ FEW = 1
 
 
 @pytest.fixture(scope="module")
-def small() -> clip_module.Clip:
+def small() -> models.Clip:
     """A CLIP whose Jacobian is quick to make, float64."""
-    config = clip_module.MINI_CONFIG | {
+    config = models.MINI_CONFIG | {
         "embed_dim": 48,
-        "text_cfg": clip_module.MINI_CONFIG["text_cfg"] | {"width": 64, "heads": 2},
+        "text_cfg": models.MINI_CONFIG["text_cfg"] | {"width": 64, "heads": 2},
     }
-    model = clip_module.build_mini(seed=1, config=config)
+    model = models.build_mini(seed=1, config=config)
     with torch.no_grad():
         model.token_embedding.weight.mul_(5)
         model.logit_scale.fill_(4.6)
-    return clip_module.wrap(model.double(), "small-random", device="cpu")
+    return models.wrap(model.double(), "small-random", device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +62,8 @@ def test_packed_rows_equal_the_differentiable_ones(prompts):
 def test_packed_rows_in_float32(mini, monkeypatch, laid_out):
     """Both matrix products, with rows that do not divide the blocks of the MLP."""
     if not laid_out:
-        monkeypatch.setattr(tower, "lay_out", lambda weight: None)
-    monkeypatch.setattr(tower, "ROWS", 7)
+        monkeypatch.setattr(packed_module, "lay_out", lambda weight: None)
+    monkeypatch.setattr(packed_module, "ROWS", 7)
     prompts = Prompts(mini, NAMES)
     ctx = contexts(prompts, 3).float()
     with torch.no_grad():
@@ -86,14 +87,14 @@ def test_other_activations_and_layer_scale(activation):
     if activation == "layer scale":
         config["text_cfg"]["ls_init_value"] = 0.5
     torch.manual_seed(0)
-    model = clip_module.wrap(open_clip.CLIP(**config).double(), "other", device="cpu")
+    model = models.wrap(open_clip.CLIP(**config).double(), "other", device="cpu")
     prompts = Prompts(model, NAMES)
     ctx = contexts(prompts, 2)
     paper = prompts.text_features(ctx, exact="paper")
     torch.testing.assert_close(prompts.text_features(ctx), paper, atol=1e-12, rtol=0)
     features = views_of(prompts, 2, 10).double()
-    fast = adapt.tpt(features, prompts, n_images=MANY)
-    assert_equal(fast, adapt.tpt(features, prompts, exact="paper"))
+    fast = methods.tpt(features, prompts, n_images=MANY)
+    assert_equal(fast, methods.tpt(features, prompts, exact="paper"))
 
 
 @pytest.mark.parametrize("last", [1, LONGEST - 2, LONGEST - 1, 60])
@@ -136,7 +137,7 @@ def test_a_thousand_classes(small):
     few = Prompts(small, [names[i] for i in some]).text_features(ctx, exact="paper")
     torch.testing.assert_close(prompts.text_features(ctx)[:, some], few, atol=1e-12, rtol=0)
     features = views_of(prompts, 2, 8).double()
-    assert_equal(adapt.tpt(features, prompts), adapt.tpt(features, prompts, batch=1), atol=1e-9)
+    assert_equal(methods.tpt(features, prompts), methods.tpt(features, prompts, batch=1), atol=1e-9)
 
 
 def test_what_is_made_once_is_not_kept_while_the_model_trains(small):
@@ -189,7 +190,7 @@ def test_a_kept_jacobian_is_read_again(small, prompts, tmp_path, monkeypatch):
         patch.setattr(Prompts, "_make_jacobian", lambda self: pytest.fail("made again"))
         assert torch.equal(Prompts(small, NAMES[:2]).jacobian(tmp_path), made)
         features = views_of(few, 2, 8).double()
-        adapt.tpt(features, Prompts(small, NAMES[:2]), n_images=MANY, cache=tmp_path)
+        methods.tpt(features, Prompts(small, NAMES[:2]), n_images=MANY, cache=tmp_path)
     path.write_bytes(path.read_bytes()[:1000])  # damaged
     assert torch.equal(Prompts(small, NAMES[:2]).jacobian(tmp_path), made)
     # another context, other names: another file
@@ -215,19 +216,19 @@ def test_prompts_without_a_jacobian_say_so_and_still_adapt(small, options):
     prompts = Prompts(small, NAMES, **options)
     features = views_of(prompts, 2, 8).double()
     with pytest.raises(ValueError, match=next(iter(options))):
-        adapt.tpt(features, prompts, exact="tangent")
-    fast = adapt.tpt(features, prompts, n_images=MANY)
-    assert_equal(fast, adapt.tpt(features, prompts, exact="paper"))
+        methods.tpt(features, prompts, exact="tangent")
+    fast = methods.tpt(features, prompts, n_images=MANY)
+    assert_equal(fast, methods.tpt(features, prompts, exact="paper"))
 
 
 def test_a_matrix_that_does_not_fit_is_not_made(prompts, monkeypatch):
-    assert adapt._worth_a_jacobian(prompts, MANY) and not adapt._worth_a_jacobian(prompts, FEW)
-    monkeypatch.setattr(adapt, "free_memory", lambda device: 10**6)
-    assert not adapt._worth_a_jacobian(prompts, MANY)
+    assert tuning._worth_a_jacobian(prompts, MANY) and not tuning._worth_a_jacobian(prompts, FEW)
+    monkeypatch.setattr(machine, "free_memory", lambda device: 10**6)
+    assert not tuning._worth_a_jacobian(prompts, MANY)
 
 
 def test_free_memory_is_plausible():
-    free = adapt.free_memory(torch.device("cpu"))
+    free = core.free_memory(torch.device("cpu"))
     assert 10**6 < free < 10**15
 
 
@@ -242,8 +243,8 @@ def test_every_loss_equals_the_papers_path(prompts, loss, steps, n_images):
     loss_fn = get_loss(loss, groups=groups, rho_patch=0.9, alpha=1.0, overlap=0.2)
     features = views_of(prompts, 2, 30).double()
     params = {"loss": loss_fn, "rho": 0.2, "steps": steps, "lr": 0.01}
-    fast = adapt.tpt(features, prompts, n_images=n_images, **params)
-    paper = adapt.tpt(features, prompts, exact="paper", **params)
+    fast = methods.tpt(features, prompts, n_images=n_images, **params)
+    paper = methods.tpt(features, prompts, exact="paper", **params)
     assert (fast.logits - fast.logits_before).abs().max() > 1e-3
     assert_equal(fast, paper)
 
@@ -252,13 +253,13 @@ def test_every_loss_equals_the_papers_path(prompts, loss, steps, n_images):
 def test_another_start_is_noticed_and_the_old_one_kept(prompts, n_images):
     views = views_of(prompts, 2, 6).double()
     options = {"rho": 0.5, "lr": 0.05}
-    first = adapt.tpt(views, prompts, n_images=n_images, **options)
+    first = methods.tpt(views, prompts, n_images=n_images, **options)
     moved = copy.copy(prompts)
     moved.ctx = first.ctx[0]  # as TPT without a reset
-    fast = adapt.tpt(views, moved, n_images=n_images, **options)
-    assert_equal(fast, adapt.tpt(views, moved, exact="paper", **options))
+    fast = methods.tpt(views, moved, n_images=n_images, **options)
+    assert_equal(fast, methods.tpt(views, moved, exact="paper", **options))
     assert not torch.allclose(fast.ctx, first.ctx, atol=1e-3)
-    assert_equal(adapt.tpt(views, prompts, n_images=n_images, **options), first, 1e-12)
+    assert_equal(methods.tpt(views, prompts, n_images=n_images, **options), first, 1e-12)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
@@ -268,11 +269,11 @@ def test_the_closed_form_equals_the_optimiser(optimizer):
     gradient = torch.randn(5, 4, 8, generator=generator, dtype=torch.float64)
     gradient *= 10.0 ** torch.randint(-12, 3, gradient.shape, generator=generator)  # around eps
     gradient[0, 0] = 0
-    closed = adapt._first_step(start, gradient, 0.03, optimizer)
+    closed = tuning._first_step(start, gradient, 0.03, optimizer)
     for i in range(5):
         ctx = start.clone().requires_grad_(True)
         ctx.grad = gradient[i]
-        adapt.OPTIMIZERS[optimizer]([ctx], lr=0.03).step()
+        methods.OPTIMIZERS[optimizer]([ctx], lr=0.03).step()
         torch.testing.assert_close(closed[i], ctx.detach(), atol=1e-14, rtol=0)
 
 
@@ -281,11 +282,11 @@ def test_neither_order_nor_batch_size_changes_anything_in_float32(mini, n_images
     prompts = Prompts(mini, NAMES)
     features = views_of(prompts, 7, 16, seed=3)
     params = {"optimizer": "sgd", "lr": 0.1, "n_images": n_images}  # no sign of a rounding error
-    whole = adapt.tpt(features, prompts, **params)
+    whole = methods.tpt(features, prompts, **params)
     assert (whole.logits - whole.logits_before).abs().max() > 1e-2
     order = torch.tensor([4, 2, 6, 0, 1, 3, 5])
     for batch in (1, 3):
-        again = adapt.tpt(features[order], prompts, batch=batch, **params)
+        again = methods.tpt(features[order], prompts, batch=batch, **params)
         assert torch.equal(again.selected, whole.selected[order])
         scale = float(whole.logits.abs().max())
         torch.testing.assert_close(again.logits, whole.logits[order], atol=1e-5 * scale, rtol=0)
@@ -295,8 +296,8 @@ def test_float32_equals_paper_but_for_gradients_below_rounding(mini):
     """Where no coordinate of the gradient is lost in rounding, logits agree within 1e-4."""
     prompts = Prompts(mini, NAMES[:6])  # without the second cat: equal logits have no order
     features = views_of(prompts, 6, 16, seed=5)
-    fast = adapt.tpt(features, prompts, lr=0.01, n_images=MANY)
-    paper = adapt.tpt(features, prompts, lr=0.01, exact="paper")
+    fast = methods.tpt(features, prompts, lr=0.01, n_images=MANY)
+    paper = methods.tpt(features, prompts, lr=0.01, exact="paper")
     assert torch.equal(fast.selected, paper.selected)
     assert torch.equal(fast.logits.argmax(1), paper.logits.argmax(1))
     apart = ((fast.ctx - paper.ctx).abs() > 1e-6).flatten(1).sum(1)
@@ -318,7 +319,7 @@ def test_full_size_text_towers():
     }
     model = open_clip.CLIP(**config)
     model.logit_scale.data.fill_(4.6)
-    prompts = Prompts(clip_module.wrap(model.double(), "text-512", device="cpu"), NAMES[:3])
+    prompts = Prompts(models.wrap(model.double(), "text-512", device="cpu"), NAMES[:3])
     generator = torch.Generator().manual_seed(0)
     shape = (1, 8, 512)
     text = prompts.text_features()
@@ -326,8 +327,8 @@ def test_full_size_text_towers():
     features = F.normalize(near, dim=-1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        fast = adapt.tpt(features, prompts)
-    assert_equal(fast, adapt.tpt(features, prompts, exact="paper"))
+        fast = methods.tpt(features, prompts)
+    assert_equal(fast, methods.tpt(features, prompts, exact="paper"))
 
 
 # --- the tangent ---------------------------------------------------------------------------------
@@ -335,7 +336,7 @@ def test_full_size_text_towers():
 
 def test_tangent_is_of_first_order(prompts):
     """Halving the step quarters the error of the text features, and the gradient is exact."""
-    start = adapt._Start(prompts, by_matrix=True)
+    start = tuning._Start(prompts, by_matrix=True)
     direction = torch.randn(1, *prompts.ctx.shape, dtype=torch.float64)
     errors = []
     for size in (1e-3, 5e-4):
@@ -344,8 +345,8 @@ def test_tangent_is_of_first_order(prompts):
             errors.append(float((start.tangent(ctx) - prompts.text_features(ctx)).norm()))
     assert 3.5 < errors[0] / errors[1] < 4.5
     features = views_of(prompts, 3, 12).double()
-    tangent = adapt.tpt(features, prompts, exact="tangent")
-    fast = adapt.tpt(features, prompts)
+    tangent = methods.tpt(features, prompts, exact="tangent")
+    fast = methods.tpt(features, prompts)
     torch.testing.assert_close(tangent.ctx, fast.ctx, atol=1e-9, rtol=0)
     assert torch.equal(tangent.selected, fast.selected)
     assert not torch.equal(tangent.logits, fast.logits)
@@ -354,8 +355,8 @@ def test_tangent_is_of_first_order(prompts):
 def test_tangent_takes_several_steps_on_the_linear_tower(prompts):
     features = views_of(prompts, 2, 12).double()
     params = {"steps": 3, "optimizer": "sgd", "lr": 1e-5}
-    tangent = adapt.tpt(features, prompts, exact="tangent", **params)
-    fast = adapt.tpt(features, prompts, **params)
+    tangent = methods.tpt(features, prompts, exact="tangent", **params)
+    fast = methods.tpt(features, prompts, **params)
     moved = (fast.logits - fast.logits_before).abs().max()
     assert 0 < (tangent.logits - fast.logits).abs().max() < 0.05 * moved
     assert not torch.equal(tangent.ctx, fast.ctx)

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 matplotlib.use("Agg")
-from tpt_nb import figures, widgets  # noqa: E402
+from tpt_nb import figures
+from tpt_nb.lessons import widgets  # noqa: E402
 
 # Machado et al. 2009, full deuteranopia and protanopia, on linear RGB
 BLINDNESS = {

@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from tpt_nb.datasets import load
-from tpt_nb.encode import encode
-from tpt_nb.folder import load_folder, read_rgb
+from tpt_nb.core.images import read_rgb
+from tpt_nb.datasets import load, load_folder
+from tpt_nb.features import encode
 from tpt_nb.views import RandomViews
 
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tpt_nb import datasets, iconshift
+from tpt_nb import datasets
+from tpt_nb.datasets import iconshift
 
 FIVE = ("iconshift", "iconshift-v2", "iconshift-a", "iconshift-r", "iconshift-sketch")
 # "variant/candidate" -> SHA-256 of the pixels; written once by `python ci/tests/test_iconshift.py`

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from tpt_nb import adapt, datasets, metrics
-from tpt_nb.corruptions import CORRUPTIONS, corrupt, corrupted
+from tpt_nb import datasets, metrics
+from tpt_nb import methods as adapt
+from tpt_nb.datasets import registry
+from tpt_nb.datasets.damage import CORRUPTIONS, corrupt, corrupted
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import leaderboard
@@ -59,13 +61,13 @@ def test_a_row_is_what_the_method_predicts(first):
     out, _ = first
     raw = [json.loads(p.read_text()) for p in out.glob("iconshift-r-1-*.json")]
     found = next(r for r in raw if r["row"] == "vote")
-    from tpt_nb import clip as clips
-    from tpt_nb.encode import encode
-    from tpt_nb.prompts import Prompts
+    from tpt_nb import models
+    from tpt_nb.features import encode
+    from tpt_nb.models import Prompts
     from tpt_nb.views import RandomViews
 
     data = datasets.load("iconshift-r", n=6)
-    model = clips.load("mini")
+    model = models.load("mini")
     views = RandomViews(n_aug=11, size=model.image_size)
     f = encode(data, model, views, seed=1, cache=out / "cache", progress=False)
     assert f.encoded == 0, "encoded once, by the leaderboard"
@@ -86,7 +88,7 @@ def test_no_method_reads_labels(first, monkeypatch, tmp_path):
         data.targets = data.targets[1:] + data.targets[:1]
         return data
 
-    monkeypatch.setattr(datasets, "load", shuffled)
+    monkeypatch.setattr(registry, "load", shuffled)
     assert board(tmp_path) == 0
     theirs = {
         r["row"]: r for p in out.glob("iconshift-a-0-*.json") for r in [json.loads(p.read_text())]

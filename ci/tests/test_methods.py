@@ -4,13 +4,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tpt_nb import adapt, methods
+from tpt_nb import methods
 from tpt_nb.losses import entropy, marginal_entropy
-from tpt_nb.prompts import Prompts, TemplatePrompts
+from tpt_nb.models import Prompts, TemplatePrompts
 
 NAMES = ["cat", "hot air balloon", "fire_engine", "dog", "bus"]
 EPISODIC = [
-    name for name, m in adapt.METHODS.items() if not hasattr(m, "online") and not hasattr(m, "bind")
+    name
+    for name, m in methods.METHODS.items()
+    if not hasattr(m, "online") and not hasattr(m, "bind")
 ]
 
 
@@ -72,7 +74,7 @@ def prompts64(mini64):
 def test_images_do_not_see_each_other(prompts, name):
     """Neither the order of the images nor what else is in the batch changes a prediction."""
     features = views_of(prompts, 6, 20, seed=1)
-    method = adapt.METHODS[name]
+    method = methods.METHODS[name]
     together = method(features, prompts)
     order = torch.tensor([4, 1, 5, 0, 3, 2])
     shuffled = method(features[order], prompts)
@@ -88,17 +90,17 @@ def test_images_do_not_see_each_other(prompts, name):
 @pytest.mark.parametrize("name", EPISODIC)
 def test_the_prediction_before_is_zero_shot(prompts, name):
     features = views_of(prompts, 3, 20, seed=2)
-    before = adapt.METHODS[name](features, prompts).logits_before
-    torch.testing.assert_close(before, adapt.zero_shot(features, prompts).logits)
+    before = methods.METHODS[name](features, prompts).logits_before
+    torch.testing.assert_close(before, methods.zero_shot(features, prompts).logits)
 
 
 @pytest.mark.parametrize("name", EPISODIC)
 def test_one_view_and_identical_views(prompts, name):
     """V=1 and views that are all the same: finite, and the class of that view."""
     one = views_of(prompts, 4, 1, seed=3)
-    expected = adapt.zero_shot(one, prompts).logits.argmax(1)
+    expected = methods.zero_shot(one, prompts).logits.argmax(1)
     for features in (one, one.expand(-1, 12, -1).contiguous()):
-        out = adapt.METHODS[name](features, prompts).logits
+        out = methods.METHODS[name](features, prompts).logits
         assert out.isfinite().all()
         if name not in ("tps",):  # a step of fixed length may change a class by itself
             assert torch.equal(out.argmax(1), expected)
@@ -108,7 +110,7 @@ def test_templates_are_enough_for_what_tunes_no_context(mini):
     ensemble = TemplatePrompts(mini, NAMES, ["a photo of a {}.", "a {}."])
     features = views_of(ensemble, 2, 12)
     for name in ("vote", "zero", "zero_fp16", "mta", "tps"):
-        assert adapt.METHODS[name](features, ensemble).logits.shape == (2, 5)
+        assert methods.METHODS[name](features, ensemble).logits.shape == (2, 5)
     with pytest.raises(ValueError, match="context"):
         methods.ctpt(features, ensemble)
 
@@ -334,7 +336,7 @@ def test_tps_refuses_nonsense(prompts):
 
 def test_tpt_confident_averages_under_the_tuned_prompt(prompts64):
     features = views_of(prompts64, 3, 20, seed=7).double()
-    tuned = adapt.tpt(features, prompts64, lr=0.02)
+    tuned = methods.tpt(features, prompts64, lr=0.02)
     out = methods.tpt_confident(features, prompts64, lr=0.02)
     scale = prompts64.clip.logit_scale.double()
     for i in range(3):
@@ -347,7 +349,7 @@ def test_rtpt_by_hand(prompts64):
     """Mean entropy as the loss; reliability from the most similar other views."""
     features = views_of(prompts64, 2, 9, seed=8).double()
     out = methods.rtpt(features, prompts64, rho=0.4, lr=0.02, neighbours=3)
-    tuned = adapt.tpt(features, prompts64, loss="mean_entropy", rho=0.4, lr=0.02)
+    tuned = methods.tpt(features, prompts64, loss="mean_entropy", rho=0.4, lr=0.02)
     scale = prompts64.clip.logit_scale.double()
     for i, x in enumerate(features):
         score = [
@@ -375,7 +377,7 @@ def test_ctpt_by_autograd_through_the_paper_path(prompts64, dispersion):
         torch.testing.assert_close(out.ctx[i], ctx.detach(), atol=1e-7, rtol=0)
         assert out.loss[i].item() == pytest.approx(loss.item(), abs=1e-8)
     if not dispersion:
-        tpt = adapt.tpt(features, prompts64, lr=0.02)
+        tpt = methods.tpt(features, prompts64, lr=0.02)
         torch.testing.assert_close(out.logits, tpt.logits, atol=1e-6, rtol=0)
 
 

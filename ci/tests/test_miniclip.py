@@ -11,10 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tpt_nb import clip as tclip
-from tpt_nb import datasets, iconshift
-from tpt_nb.paths import DATA, REPO
-from tpt_nb.prompts import Prompts, TemplatePrompts, load_coop
+from tpt_nb import datasets, models
+from tpt_nb.core.paths import DATA, REPO
+from tpt_nb.datasets import iconshift
+from tpt_nb.models import Prompts, TemplatePrompts, load_coop
 from tpt_nb.views import RandomViews
 
 HERE = DATA / "miniclip"
@@ -64,10 +64,10 @@ def test_sizes_and_places_are_as_named():
 
 def test_the_vocabulary_holds_every_token_of_every_caption():
     names = iconshift.classnames()
-    seen = set(tclip.open_clip.tokenize(captions.vocabulary(names)).unique().tolist())
+    seen = set(models.open_clip.tokenize(captions.vocabulary(names)).unique().tolist())
     rng = np.random.default_rng(1)
     texts = [captions.caption(n, random_facts(rng), rng)[0] for n in names for _ in range(5)]
-    assert set(tclip.open_clip.tokenize(texts).unique().tolist()) <= seen
+    assert set(models.open_clip.tokenize(texts).unique().tolist()) <= seen
 
 
 def test_with_one_positive_each_the_loss_is_clips():
@@ -123,11 +123,11 @@ def test_the_text_stage_says_what_is_true_and_leaves_the_image_tower_alone():
     assert not positive[target[:, None] != target].any()
     assert positive.float().mean() < (target[:, None] == target).float().mean()  # facts matter
     assert [name in text for name, text in zip(names, neutral, strict=True)] == [True] * 10
-    model = tclip.build_mini(0)
+    model = models.build_mini(0)
     for name, p in model.named_parameters():
         p.requires_grad_(not text_stage.is_frozen(name))
     kept = sum(p.numel() for group in train.groups(model) for p in group["params"])
-    text_tower = tclip.text_tower(model)
+    text_tower = models.text_tower(model)
     assert kept == sum(p.numel() for p in text_tower.parameters() if p.requires_grad)
     assert not any(p.requires_grad for p in model.visual.parameters())
 
@@ -159,13 +159,13 @@ def test_outlines_are_lines_where_the_image_changes():
 
 @pytest.fixture(scope="module")
 def mini():
-    return tclip.load("mini")
+    return models.load("mini")
 
 
 def test_size_of_what_ships():
     files = ["miniclip.safetensors", "coop.pth.tar"]
     assert sum((HERE / f).stat().st_size for f in files) <= 12_000_000
-    body = sum(p.numel() for n, p in tclip.build_mini(0).named_parameters() if "token" not in n)
+    body = sum(p.numel() for n, p in models.build_mini(0).named_parameters() if "token" not in n)
     assert 3e6 <= body <= 6e6
 
 
@@ -231,5 +231,5 @@ def test_the_learning_rate_was_chosen_on_validation_sets_only():
 
 def test_missing_weights_say_how_to_rebuild(tmp_path):
     with pytest.raises(FileNotFoundError, match="train.py"):
-        tclip.load_mini(tmp_path / "none.safetensors")
+        models.load_mini(tmp_path / "none.safetensors")
     assert all((REPO / "data" / "miniclip" / f"{name}.py").is_file() for name in ("train", "text"))

@@ -7,17 +7,16 @@ import pytest
 import torch
 from test_experiment import config, world  # noqa: F401 (fixtures)
 
-from tpt_nb import adapt, experiment
-from tpt_nb import clip as clips
-from tpt_nb.encode import encode
-from tpt_nb.experiment import run
+from tpt_nb import methods, models, runs
+from tpt_nb.features import encode
 from tpt_nb.losses import LOSSES, get_loss
+from tpt_nb.runs import run
 from tpt_nb.views import make_augmenter
 
 PATCHES = {"augmenter": "PatchAugmenter", "n_aug": 2, "n_patches": 4, "reduced_size": 6}
 
 
-def one_run(config, **changes) -> experiment.Run:  # noqa: F811
+def one_run(config, **changes) -> runs.Run:  # noqa: F811
     return run(dataclasses.replace(config, **changes), progress=False)
 
 
@@ -28,16 +27,16 @@ def test_a_run_with_patches_is_the_method_on_the_patches(config, loss):  # noqa:
     """Every option reaches its place: the records are those of the parts put together by hand."""
     options = {"overlap": 0.3, "selection_p_patch": 0.7, "alpha_exponential_weightening": 2.0}
     done = one_run(config, loss=loss, **PATCHES, **options)
-    clip = clips.load(config.model, device="cpu")
+    clip = models.load(config.model, device="cpu")
     augmenter = make_augmenter("patch", clip.image_size, n_aug=2, n_patches=4, overlap=0.3)
     from tpt_nb import datasets
 
     data = datasets.load("folder", n=6, root=config.root)
     features = encode(data, clip, augmenter, cache=False, workers=0, progress=False)
-    prompts = experiment.make_prompts(config, clip, data.classnames)
+    prompts = runs.make_prompts(config, clip, data.classnames)
     fn = get_loss(loss, groups=(5, 3), rho_patch=0.7, alpha=2.0, overlap=0.3)
-    adapted = adapt.tpt(features.features, prompts, loss=fn, rho=0.3)
-    expected = experiment.to_records(features.ids, features.targets, adapted)
+    adapted = methods.tpt(features.features, prompts, loss=fn, rho=0.3)
+    expected = runs.to_records(features.ids, features.targets, adapted)
     assert done.records == expected
     assert all(max(r["selected"]) < 15 for r in done.records)
     assert {"npatch=4", "overlap=0.3", "sppat=0.7", "alpha=2"} <= set(done.name.split("_"))

@@ -13,10 +13,10 @@ import torchvision.transforms.functional as F
 from PIL import Image
 from test_views import picture
 
+from tpt_nb.core.images import as_rgb
 from tpt_nb.views import (
     PatchViews,
     RandomViews,
-    as_rgb,
     center_view,
     make_augmenter,
     patch_boxes,

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from tpt_nb import __main__ as cli
-from tpt_nb import clip as clips
-from tpt_nb import encode, plan
+from tpt_nb import features, models
+from tpt_nb.scale import plan
 
 MEASURED = [
     {"model": "RN50", "device": "cpu (x86_64, 2 threads)", "classes": 200, "views": 64,
@@ -100,15 +100,15 @@ def test_shards_take_on_average_what_their_images_take():
 
 
 def test_bytes_are_those_of_a_shard():
-    store = encode.Store([f"iconshift-a/{i:05d}" for i in range(64)])
+    store = features.Store([f"iconshift-a/{i:05d}" for i in range(64)])
     for i in range(64):
         store.put(i, torch.rand(16, 256), i, 0.1)
-    _, data = encode.pack_shard(store, list(range(64)))
+    _, data = features.pack_shard(store, list(range(64)))
     assert plan.shard_bytes(64, 16, 256) == pytest.approx(len(data), rel=0.01)
 
 
 def test_shapes_are_those_of_the_models():
-    mini = clips.load("mini", device="cpu")
+    mini = models.load("mini", device="cpu")
     assert plan.shape("mini") == (mini.embed_dim, mini.image_size)
     assert plan.shape("RN50") == (1024, 224) and plan.shape("ViT-B/16") == (512, 224)
     with pytest.raises(ValueError, match="RN5O.*did you mean 'RN50'"):

@@ -7,9 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tpt_nb import clip as clip_module
-from tpt_nb import prompts as prompts_module
-from tpt_nb.prompts import (
+from tpt_nb import models
+from tpt_nb.models import (
     Prompts,
     TemplatePrompts,
     load_coop,
@@ -128,7 +127,7 @@ def test_other_towers_of_the_family_work(mini64):
     }
     torch.manual_seed(0)
     for cls in (open_clip.CLIP, open_clip.model.CustomTextCLIP):
-        model = clip_module.wrap(cls(**config).double(), "other", device="cpu")
+        model = models.wrap(cls(**config).double(), "other", device="cpu")
         prompts = Prompts(model, NAMES)
         assert (model.embed_dim, model.ctx_dim) == (32, 64)
         fast, paper = prompts.text_features(), prompts.text_features(exact="paper")
@@ -179,7 +178,7 @@ def test_contexts_of_another_shape_are_named(mini, shape):
 
 def test_unseen_token_of_a_class_name_warns(mini):
     tokens = open_clip.tokenize(["a photo of a cat."]).unique()
-    known = clip_module.wrap(mini.model, "mini", device="cpu", seen_tokens=tokens)
+    known = models.wrap(mini.model, "mini", device="cpu", seen_tokens=tokens)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         Prompts(known, ["cat"])
@@ -197,7 +196,7 @@ def test_template_ensemble(mini64):
     torch.testing.assert_close(features, F.normalize(expected, dim=-1), atol=1e-12, rtol=0)
     single = template_features(mini64, NAMES[:3], "single")
     torch.testing.assert_close(single, Prompts(mini64, NAMES[:3]).text_features())
-    assert len(prompts_module.TEMPLATES["seven"]) == 7
+    assert len(models.TEMPLATES["seven"]) == 7
     fixed = TemplatePrompts(mini64, NAMES, templates)
     assert torch.equal(fixed.text_features(), features) and fixed.ctx is None
 

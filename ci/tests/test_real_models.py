@@ -19,12 +19,15 @@ from PIL import Image
 from torchvision.transforms.functional import normalize
 
 from tpt_nb import __main__ as cli
-from tpt_nb import clip as clips
-from tpt_nb import experiment
-from tpt_nb.benchmarks import imagenet_classes
-from tpt_nb.experiment import RunConfig
+from tpt_nb import models, runs
+from tpt_nb.core import messages
+from tpt_nb.datasets import imagenet_classes
 from tpt_nb.losses import marginal_entropy, select_confident
-from tpt_nb.prompts import Prompts, load_coop
+from tpt_nb.models import Prompts, load_coop
+from tpt_nb.models import load as load_module
+from tpt_nb.runs import RunConfig
+from tpt_nb.runs import config as config_module
+from tpt_nb.runs import records as records_module
 
 TEXTS = ["a photo of a cat.", "a tiny photo of a hot air balloon, plain background.", "dog", ""]
 NAMES = ["tench", "great white shark", "hot air balloon", "cat", "fire truck"]
@@ -90,7 +93,7 @@ def archive(openai, tmp_path_factory):
     path = tmp_path_factory.mktemp("clip") / "RN50.pt"
     state = save_archive(openai, "RN50", path)
     theirs = openai.build_model(dict(state)).float().eval().requires_grad_(False)
-    return path, theirs, clips.load(str(path), device="cpu")
+    return path, theirs, models.load(str(path), device="cpu")
 
 
 def close(ours: torch.Tensor, theirs: torch.Tensor, what: str) -> None:
@@ -149,19 +152,19 @@ def test_the_other_architectures_agree_too(openai, tmp_path, name):
     path = tmp_path / f"{name.replace('/', '-')}.pt"
     state = save_archive(openai, name, path)
     theirs = openai.build_model(state).float().eval().requires_grad_(False)
-    ours = clips.load(str(path), device="cpu")
+    ours = models.load(str(path), device="cpu")
     assert ours.image_size == SIZES[name][1] and ours.embed_dim == SIZES[name][0]
     compare(theirs, ours)
 
 
 def test_an_archive_in_openais_cache_is_taken(archive, monkeypatch):
-    monkeypatch.setattr(clips, "ARCHIVES_DIR", archive[0].parent)
-    assert experiment.weights_here("RN50") and not clips.weights_file("ViT-B/32")
-    assert clips.weights_file("RN50") == archive[0]
-    assert clips._archive_source("ViT-L/14@336px").filename == "ViT-L-14-336px.pt"
-    assert len(clips._archive_source("RN50").sha256) == 64
-    monkeypatch.setattr(clips, "_load_file", lambda path, device, name: (path, name))
-    assert clips.load("RN50") == (archive[0], "RN50")
+    monkeypatch.setattr(load_module, "ARCHIVES_DIR", archive[0].parent)
+    assert runs.weights_here("RN50") and not models.weights_file("ViT-B/32")
+    assert models.weights_file("RN50") == archive[0]
+    assert load_module._archive_source("ViT-L/14@336px").filename == "ViT-L-14-336px.pt"
+    assert len(load_module._archive_source("RN50").sha256) == 64
+    monkeypatch.setattr(load_module, "_load_file", lambda path, device, name: (path, name))
+    assert models.load("RN50") == (archive[0], "RN50")
 
 
 # --- the run of the issue ------------------------------------------------------------------------
@@ -204,7 +207,7 @@ def test_evaluate_imagenet_a_with_full_size_rn50(
     archive, imagenet_a, cache, tmp_path, capsys, monkeypatch, options
 ):
     monkeypatch.setenv("TQDM_DISABLE", "1")
-    monkeypatch.setattr(experiment, "_said", set())
+    monkeypatch.setattr(messages, "_said", set())
     command = evaluate(
         archive, imagenet_a, tmp_path, "--cache", str(cache), "--selection_p_all", "1", *options
     )
@@ -244,23 +247,23 @@ def test_folders_that_do_not_fit_end_the_run_with_one_line(archive, tmp_path, ca
 
 
 def test_full_says_in_one_message_what_is_missing_and_from_where(tmp_path, monkeypatch):
-    monkeypatch.setattr(clips, "ARCHIVES_DIR", tmp_path / "none")
+    monkeypatch.setattr(load_module, "ARCHIVES_DIR", tmp_path / "none")
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "none"))
     monkeypatch.setenv("TPT_NB_DATASETS", str(tmp_path / "none"))
-    monkeypatch.setattr(experiment, "weights_here", lambda model: False)
+    monkeypatch.setattr(config_module, "weights_here", lambda model: False)
     with pytest.raises(ValueError) as error:
-        experiment.resolve(RunConfig(profile="full", device="cpu"))
+        runs.resolve(RunConfig(profile="full", device="cpu"))
     text = str(error.value)
     assert "the weights of CLIP RN50" in text and "TPT_NB_DOWNLOAD=0" in text
     assert "the images of imagenet-a" in text and "people.eecs.berkeley.edu" in text
     assert "profile=mini" in text
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    profile, why = experiment.choose_profile(RunConfig())
+    profile, why = runs.choose_profile(RunConfig())
     assert profile == "mini" and "weights of RN50" in why
 
 
 def test_auto_brings_what_it_needs_where_it_may(tmp_path, monkeypatch):
-    from tpt_nb import sources
+    from tpt_nb.datasets import sources
 
     asked = []
 
@@ -273,14 +276,14 @@ def test_auto_brings_what_it_needs_where_it_may(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setenv("TPT_NB_DATASETS", str(tmp_path / "data"))
     there = []
-    monkeypatch.setattr(experiment, "weights_here", lambda model: bool(there))
-    monkeypatch.setattr(clips, "fetch_weights", lambda model: there.append(model))
+    monkeypatch.setattr(config_module, "weights_here", lambda model: bool(there))
+    monkeypatch.setattr(load_module, "fetch_weights", lambda model: there.append(model))
     monkeypatch.setattr(sources, "get", get)
-    assert experiment.choose_profile(RunConfig())[0] == "mini" and not asked and not there
+    assert runs.choose_profile(RunConfig())[0] == "mini" and not asked and not there
     monkeypatch.setenv("TPT_NB_DOWNLOAD", "1")
-    assert experiment.choose_profile(RunConfig())[0] == "full"
+    assert runs.choose_profile(RunConfig())[0] == "full"
     assert asked == ["imagenet-a"] and there == ["RN50"]
-    assert experiment.choose_profile(RunConfig())[0] == "full"
+    assert runs.choose_profile(RunConfig())[0] == "full"
     assert asked == ["imagenet-a"]
 
     def refused(name):
@@ -288,7 +291,7 @@ def test_auto_brings_what_it_needs_where_it_may(tmp_path, monkeypatch):
 
     monkeypatch.setenv("TPT_NB_DATASETS", str(tmp_path / "empty"))
     monkeypatch.setattr(sources, "get", refused)
-    profile, why = experiment.choose_profile(RunConfig())
+    profile, why = runs.choose_profile(RunConfig())
     assert profile == "mini" and "the images of imagenet-a: no connection to the server" in why
 
 
@@ -296,7 +299,7 @@ def test_auto_brings_what_it_needs_where_it_may(tmp_path, monkeypatch):
     "n, hits, says", [(200, 1, True), (200, 4, True), (200, 12, False), (199, 1, False)]
 )
 def test_accuracy_near_chance_asks_for_the_label_map(capsys, n, hits, says):
-    experiment._hint_at_chance({"n": n, "accuracy_before": hits / n}, 200)
+    records_module._hint_at_chance({"n": n, "accuracy_before": hits / n}, 200)
     out = capsys.readouterr().out
     assert ("Check the label map" in out) == says
     assert not says or f"right on {hits} of {n} images" in out
@@ -355,8 +358,8 @@ class Encoder(torch.nn.Module):
         return x.mean(dim=(2, 3)) @ self.weight
 
 
-def wrapped(model: Encoder) -> clips.Clip:
-    return clips.Clip(
+def wrapped(model: Encoder) -> models.Clip:
+    return models.Clip(
         "toy", model, None, 8, (0.0,) * 3, (1.0,) * 3, torch.device("cpu"), fingerprint="toy"
     )
 
@@ -382,7 +385,7 @@ def test_memory_for_not_even_one_view():
 
 def test_what_leaves_the_range_of_float16_is_computed_again(monkeypatch):
     chosen = [torch.float16, torch.bfloat16]
-    monkeypatch.setattr(clips.Clip, "_precisions", lambda self: chosen)
+    monkeypatch.setattr(models.Clip, "_precisions", lambda self: chosen)
     clip = wrapped(Encoder())
     assert clip.encode_views(VIEWS).isfinite().all()
     assert [dtype for _, dtype in clip.model.passes] == [torch.float16]

@@ -5,7 +5,7 @@ import csv
 import pytest
 import yaml
 
-from tpt_nb.paths import DATA, REPO
+from tpt_nb.core.paths import DATA, REPO
 
 PROMPT = 23.14  # per cent, the study's CoOp prompt before adaptation
 with open(DATA / "reported" / "imagenet_a_rn50_patches.csv", newline="") as file:

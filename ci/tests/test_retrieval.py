@@ -16,12 +16,13 @@ from scipy.stats import wasserstein_distance
 from test_experiment import CLASSES, PER_CLASS, world  # noqa: F401 (a fixture)
 
 from tpt_nb import __main__ as cli
-from tpt_nb import clip as clips
-from tpt_nb import database as db
-from tpt_nb import datasets, iconshift, retrieval
-from tpt_nb.experiment import RunConfig, run
-from tpt_nb.prompts import TEMPLATES, Prompts
-from tpt_nb.retrieval import Settings
+from tpt_nb import datasets, models
+from tpt_nb.datasets import iconshift
+from tpt_nb.methods import ra_tta
+from tpt_nb.methods.ra_tta import database as database_module
+from tpt_nb.methods.ra_tta.adapt import Settings
+from tpt_nb.models import TEMPLATES, Prompts
+from tpt_nb.runs import RunConfig, run
 
 
 def unit(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -40,7 +41,7 @@ def masses(*shape: int, seed: int = 0) -> torch.Tensor:
 def test_exact_plan_by_hand():
     x, a = torch.tensor([1.0, 0.0]), torch.tensor([0.5, 0.5])
     y, b = torch.tensor([0.25, 1.0]), torch.tensor([0.75, 0.25])
-    plan = retrieval.monotone_plan(x, a, y, b)
+    plan = ra_tta.monotone_plan(x, a, y, b)
     # 0 -> 0.25 moves 0.5; of the half at 1, 0.25 goes down to 0.25 and 0.25 stays
     assert plan.tolist() == [[0.25, 0.25], [0.5, 0.0]]
     assert float((plan * (x[:, None] - y).abs()).sum()) == 0.25 * 0.75 + 0.5 * 0.25
@@ -51,7 +52,7 @@ def test_exact_plan_is_the_closed_form_in_one_dimension(seed):
     x, a = unit(3, 17, seed=seed).double(), masses(3, 17, seed=seed)
     y, b = unit(3, 9, seed=seed + 50).double(), masses(3, 9, seed=seed + 50)
     y[0, :4] = x[0, :4]  # equal places
-    plan = retrieval.monotone_plan(x, a, y, b)
+    plan = ra_tta.monotone_plan(x, a, y, b)
     assert (plan >= 0).all()
     assert torch.allclose(plan.sum(-1), a) and torch.allclose(plan.sum(-2), b)
     cost = (x[..., :, None] - y[..., None, :]).abs()
@@ -67,13 +68,13 @@ def test_transport_agrees_with_pot(reg, tol):
     x, a = unit(4, 21).double(), masses(4, 21)
     y, b = unit(4, 8, seed=1).double(), masses(4, 8, seed=1)
     cost = (x[..., :, None] - y[..., None, :]).abs()
-    ours = retrieval.sinkhorn(a, b, cost, reg, tol=tol)
-    exact = retrieval.monotone_plan(x, a, y, b)
+    ours = ra_tta.sinkhorn(a, b, cost, reg, tol=tol)
+    exact = ra_tta.monotone_plan(x, a, y, b)
     for i in range(4):
         problem = (a[i].numpy(), b[i].numpy(), cost[i].numpy())
         theirs = ot.sinkhorn(*problem, reg=reg, numItermax=100, stopThr=tol, warn=False)
         assert np.abs(ours[i].numpy() - theirs).max() < 1e-12
-        alone = retrieval.sinkhorn(a[i], b[i], cost[i], reg, tol=tol)
+        alone = ra_tta.sinkhorn(a[i], b[i], cost[i], reg, tol=tol)
         assert torch.allclose(alone, ours[i], atol=1e-14)  # the others do not change its steps
         assert float((exact[i] * cost[i]).sum()) == pytest.approx(ot.emd2(*problem), abs=1e-9)
 
@@ -84,7 +85,7 @@ def test_entropic_is_between_exact_and_independent():
     gap = (x[..., :, None] - y[..., None, :]).abs()
 
     def cost(kind, reg=0.1):
-        return float((retrieval.transport_plan(kind, x, a, y, b, reg) * gap).sum())
+        return float((ra_tta.transport_plan(kind, x, a, y, b, reg) * gap).sum())
 
     assert cost("exact") < cost("entropic", 0.05) < cost("entropic", 0.5) < cost("independent")
     assert cost("entropic", 1e4) == pytest.approx(cost("independent"), rel=1e-3)
@@ -100,7 +101,7 @@ def example(seed: int = 0, classes: int = 4, sentences: int = 5):
     centres = unit(classes, d, seed=seed)
     noisy = lambda c, k, s: F.normalize(centres[c] + 0.25 * unit(k, d, seed=s), dim=-1)  # noqa: E731
     owner = torch.arange(classes).repeat_interleave(sentences)
-    texts = retrieval.Texts(
+    texts = ra_tta.Texts(
         [f"c{i}" for i in range(classes)],
         unit(classes, d, seed=seed + 9),
         torch.cat([noisy(c, sentences, 10 + c) for c in range(classes)]),
@@ -109,7 +110,7 @@ def example(seed: int = 0, classes: int = 4, sentences: int = 5):
     )
     images = torch.cat([noisy(c, 12, 30 + c) for c in range(classes)])
     views = F.normalize(centres[0] + centres[1] + 0.9 * unit(7, d, seed=seed + 3), dim=-1)
-    return views, texts, db.Database(images.numpy())
+    return views, texts, ra_tta.Database(images.numpy())
 
 
 def by_hand(views, texts, images, scale, s: Settings) -> np.ndarray:
@@ -155,7 +156,7 @@ def by_hand(views, texts, images, scale, s: Settings) -> np.ndarray:
 def test_every_step_is_what_one_computes_by_hand(transport, seed):
     views, texts, database = example(seed)
     settings = Settings(top_k_d=8, top_k_s=5, min_descriptions=2, transport=transport)
-    done = retrieval.trace(views, texts, database, 10.0, settings)
+    done = ra_tta.trace(views, texts, database, 10.0, settings)
     assert len(done.classes) >= 2, "the example should let several classes survive"
     expected = by_hand(views, texts, database.features, 10.0, settings)
     assert np.abs(done.p.numpy() - expected).max() < 1e-6
@@ -167,9 +168,9 @@ def test_every_step_is_what_one_computes_by_hand(transport, seed):
 def test_quantile():
     cosines = torch.randn(23, 5, generator=torch.Generator().manual_seed(0))
     for q in (0, 0.3, 0.75, 0.9, 1):
-        got = retrieval.quantile_over_views(cosines, q)
+        got = ra_tta.quantile_over_views(cosines, q)
         assert np.allclose(got, np.quantile(cosines.numpy(), q, axis=0), atol=1e-6)
-    assert retrieval.quantile_over_views(cosines[:1], 0.75).tolist() == cosines[0].tolist()
+    assert ra_tta.quantile_over_views(cosines[:1], 0.75).tolist() == cosines[0].tolist()
 
 
 def test_one_surviving_class_always_wins_unless_it_abstains():
@@ -177,18 +178,18 @@ def test_one_surviving_class_always_wins_unless_it_abstains():
     for seed in range(20):
         one = F.normalize(texts.vectors[10:11] + 0.1 * unit(6, 6, seed=seed), dim=-1)  # class 2
         settings = Settings(top_k_d=5, top_k_s=5, min_descriptions=5)
-        done = retrieval.trace(one, texts, database, 10.0, settings)
+        done = ra_tta.trace(one, texts, database, 10.0, settings)
         assert done.classes.tolist() == [2] and done.r.tolist() == [0, 0, 1, 0]
         assert int(done.p.argmax()) == 2 and done.share <= 0.5
         calm = Settings(top_k_d=5, top_k_s=5, min_descriptions=5, lone="abstains")
-        done = retrieval.trace(one, texts, database, 10.0, calm)
+        done = ra_tta.trace(one, texts, database, 10.0, calm)
         assert torch.equal(done.p, done.p0)
 
 
 def test_no_surviving_class_changes_nothing():
     views, texts, database = example()
     for settings in (Settings(top_k_d=8, min_descriptions=9), Settings(retrieval="off")):
-        done = retrieval.trace(views, texts, database, 10.0, settings)
+        done = ra_tta.trace(views, texts, database, 10.0, settings)
         assert torch.equal(done.p, done.p0) and done.r is None and done.share == 1
     assert torch.allclose(done.p0.float(), (10 * texts.classifier @ views[0]).softmax(0))
 
@@ -196,17 +197,17 @@ def test_no_surviving_class_changes_nothing():
 def test_the_switches():
     views, texts, database = example()
     base = {"top_k_d": 8, "top_k_s": 5, "min_descriptions": 2}
-    only = retrieval.trace(views, texts, database, 10.0, Settings(**base, fusion="retrieval"))
+    only = ra_tta.trace(views, texts, database, 10.0, Settings(**base, fusion="retrieval"))
     assert torch.equal(only.p, only.r)
-    half = retrieval.trace(views, texts, database, 10.0, Settings(**base, fusion="equal"))
+    half = ra_tta.trace(views, texts, database, 10.0, Settings(**base, fusion="equal"))
     assert torch.allclose(half.p, (half.p0 + half.r) / 2)
     # the text in the place of the images: everything is moved to cosine 1
-    text = retrieval.trace(views, texts, None, 10.0, Settings(**base, retrieval="text"))
-    u, overall = retrieval.prototypes_of(texts, text.chosen, text.classes)
+    text = ra_tta.trace(views, texts, None, 10.0, Settings(**base, retrieval="text"))
+    u, overall = ra_tta.prototypes_of(texts, text.chosen, text.classes)
     mu = (10 * views @ overall).softmax(0)
     assert torch.allclose(text.distances.float(), (mu * (1 - views @ u.T).T).sum(1), atol=1e-6)
     with pytest.raises(ValueError, match="needs a database"):
-        retrieval.trace(views, texts, None, 10.0, Settings(**base))
+        ra_tta.trace(views, texts, None, 10.0, Settings(**base))
     for wrong in ({"transport": "sinkhorn"}, {"fusion": "x"}, {"lone": "x"}, {"retrieval": "x"}):
         with pytest.raises(ValueError, match="unknown .* known:"):
             Settings(**wrong)
@@ -219,33 +220,33 @@ def test_the_switches():
 
 def test_shipped_descriptions():
     names = iconshift.classnames()
-    lists = retrieval.read_descriptions(retrieval.DESCRIPTIONS, names)
+    lists = ra_tta.read_descriptions(ra_tta.DESCRIPTIONS, names)
     assert len(lists) == 200
     for name, some in zip(names, lists, strict=True):
         assert len(set(some)) >= 10
         assert all(name in s.lower() and s[0].isupper() and s.endswith(".") for s in some)
-    whole = json.loads(retrieval.DESCRIPTIONS.read_text())
+    whole = json.loads(ra_tta.DESCRIPTIONS.read_text())
     assert list(whole) == names
-    for some in retrieval.depictions(names):
+    for some in ra_tta.depictions(names):
         assert len(set(some)) == 10
 
 
 def test_descriptions_of_others(tmp_path):
     path = tmp_path / "cupl.json"
     path.write_text(json.dumps({"Hot_Dog": ["a sausage"], "cat": ["fur", "tail "], "x": ["y"]}))
-    assert retrieval.read_descriptions(path, ["cat", "hot dog"]) == [["fur", "tail"], ["a sausage"]]
+    assert ra_tta.read_descriptions(path, ["cat", "hot dog"]) == [["fur", "tail"], ["a sausage"]]
     with pytest.raises(ValueError, match="describes 3 classes, but not 1 of the 2.*owl"):
-        retrieval.read_descriptions(path, ["cat", "owl"])
+        ra_tta.read_descriptions(path, ["cat", "owl"])
     path.write_text("[1, 2]")
     with pytest.raises(ValueError, match="is not {class"):
-        retrieval.read_descriptions(path, ["cat"])
+        ra_tta.read_descriptions(path, ["cat"])
     with pytest.raises(ValueError, match="no file of descriptions"):
-        retrieval.read_descriptions(tmp_path / "nothing.json", ["cat"])
+        ra_tta.read_descriptions(tmp_path / "nothing.json", ["cat"])
 
 
 def test_texts_by_hand(mini):
     names, lists = ["cat", "hot_dog"], [["with fur", "with a tail"], ["in a bun"]]
-    texts = retrieval.embed_texts(mini, names, lists, "seven")
+    texts = ra_tta.embed_texts(mini, names, lists, "seven")
     assert texts.owner.tolist() == [0, 0, 0, 1, 1]
     assert texts.sentences[0] == "a photo of the cat. with fur"
     assert texts.sentences[4] == "a photo of the hot dog."
@@ -263,10 +264,10 @@ def test_texts_by_hand(mini):
 def test_search_is_that_of_all_distances(kind, monkeypatch):
     if kind == "flat":
         pytest.importorskip("faiss")
-    monkeypatch.setattr(db, "BLOCK", 100)
+    monkeypatch.setattr(database_module, "BLOCK", 100)
     vectors = unit(731, 16).numpy()
     groups = {"a": (0, 150), "b": (150, 420), "c": (420, 731)}
-    database = db.Database(vectors, groups=groups, kind=kind)
+    database = ra_tta.Database(vectors, groups=groups, kind=kind)
     queries = unit(5, 16, seed=3)
     for without in (None, "b", "nobody"):
         distance = ((queries.numpy()[:, None] - vectors[None]) ** 2).sum(-1)
@@ -283,22 +284,22 @@ def test_search_is_that_of_all_distances(kind, monkeypatch):
 
 def test_search_without_faiss(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "faiss", None)
-    monkeypatch.setattr(db, "LARGE", 50)
-    database = db.Database(unit(60, 8).numpy())
+    monkeypatch.setattr(database_module, "LARGE", 50)
+    database = ra_tta.Database(unit(60, 8).numpy())
     assert database.search(unit(2, 8, seed=1), 4)[1].shape == (2, 4)
     assert "no faiss" in capsys.readouterr().out
     with pytest.raises(ValueError, match="needs faiss: pip install faiss-cpu"):
-        db.make_index(database.features, "flat")
+        ra_tta.make_index(database.features, "flat")
 
 
 def test_search_mistakes():
-    database = db.Database(unit(9, 8).numpy(), groups={"a": (0, 5)})
+    database = ra_tta.Database(unit(9, 8).numpy(), groups={"a": (0, 5)})
     with pytest.raises(ValueError, match="vectors of 8: it was embedded with another model"):
         database.search(unit(1, 16), 3)
     with pytest.raises(ValueError, match="k is 5; the database has 4 images"):
         database.search(unit(1, 8), 5, without="a")
     with pytest.raises(ValueError, match="unknown index 'tree'; known: auto, exact"):
-        db.make_index(database.features, "tree")
+        ra_tta.make_index(database.features, "tree")
 
 
 @pytest.mark.parametrize("kind", ["ivf", "hnsw"])
@@ -306,16 +307,16 @@ def test_approximate_search_finds_most(kind):
     pytest.importorskip("faiss")
     centres = unit(40, 32)
     vectors = F.normalize(centres.repeat(100, 1) + 0.5 * unit(4000, 32, seed=1), dim=-1).numpy()
-    search, flat = db.make_index(vectors, kind), db.make_index(vectors, "exact")
+    search, flat = ra_tta.make_index(vectors, kind), ra_tta.make_index(vectors, "exact")
     queries = F.normalize(centres + 0.1 * unit(40, 32, seed=2), dim=-1)
-    assert 0.9 < db.recall(search, flat, queries, 10) <= 1
-    assert db.recall(flat, flat, queries, 10) == 1
+    assert 0.9 < ra_tta.recall(search, flat, queries, 10) <= 1
+    assert ra_tta.recall(flat, flat, queries, 10) == 1
     rows = search(queries.numpy(), 10, (0, 2000))[1]
     assert rows.min() >= 2000  # what is left out stays out
 
 
 def test_subset():
-    database = db.Database(unit(10, 4).numpy(), [f"i{k}" for k in range(10)], {"a": (2, 7)})
+    database = ra_tta.Database(unit(10, 4).numpy(), [f"i{k}" for k in range(10)], {"a": (2, 7)})
     small = database.subset([0, 3, 5, 9])
     assert small.items == ["i0", "i3", "i5", "i9"] and small.groups == {"a": (1, 3)}
     assert np.array_equal(small.features, database.features[[0, 3, 5, 9]])
@@ -327,13 +328,13 @@ def test_subset():
 
 
 def test_no_test_image_is_in_the_database():
-    pictures = db.iconshift_pictures(220)
+    pictures = ra_tta.iconshift_pictures(220)
     assert len(pictures.items) == len(set(pictures.items)) == 11 * 220
     seen = {}
     for style, (start, stop) in pictures.groups.items():
         missing = iconshift.styles()[style]["missing"]
         for item in pictures.items[start:stop]:
-            s = db.database_spec(item)
+            s = ra_tta.database_spec(item)
             assert s["style"] == style and s["target"] not in missing
             assert s["photos"] == "train"  # test scenes have other photographs
             assert tuple(s["paint"]) not in seen
@@ -341,7 +342,7 @@ def test_no_test_image_is_in_the_database():
     # by construction: no test scene has such parameters; by hash: no test image has such pixels
     sizes = (128,)
     in_database = {
-        hashlib.sha256(db.database_scene(i, size).tobytes()).digest()
+        hashlib.sha256(ra_tta.database_scene(i, size).tobytes()).digest()
         for i in pictures.items[:: len(pictures.items) // 150]
         for size in sizes
     }
@@ -356,7 +357,7 @@ def test_no_test_image_is_in_the_database():
             pixels = iconshift.compose(s, sizes[0]).tobytes()
             assert hashlib.sha256(pixels).digest() not in in_database
     # nor are they scenes that MiniCLIP (from 0) or CoOp (20,000,000) learned from
-    assert db.FIRST >= 40_000_000 and db.FIRST % 200 == 0
+    assert ra_tta.FIRST >= 40_000_000 and ra_tta.FIRST % 200 == 0
 
 
 def test_an_image_does_not_see_its_own_style():
@@ -364,11 +365,11 @@ def test_an_image_does_not_see_its_own_style():
         data = datasets.load(variant, n=20)
         indices = iconshift.kept(variant)
         for image_id in data.ids:
-            style = db.style_of(image_id)
+            style = ra_tta.style_of(image_id)
             number = int(image_id.split("/")[1])
             assert style == iconshift.spec(variant, indices[number] if indices else number)["style"]
-            assert style in db.iconshift_pictures(3).groups
-    assert db.style_of("n01440764/x.JPEG") is None
+            assert style in ra_tta.iconshift_pictures(3).groups
+    assert ra_tta.style_of("n01440764/x.JPEG") is None
 
 
 # --- building and reading ------------------------------------------------------------------------
@@ -387,14 +388,14 @@ def folder(tmp_path_factory) -> Path:
 
 
 def test_build_and_read(mini, folder, tmp_path):
-    pictures = db.folder_pictures(folder)
+    pictures = ra_tta.folder_pictures(folder)
     with pytest.warns(UserWarning, match=r"1 images left out.*05\.jpg"):
-        made = db.build(pictures, mini, tmp_path / "db")
+        made = ra_tta.build(pictures, mini, tmp_path / "db")
     assert isinstance(made.features, np.memmap) and made.features.shape == (11, mini.embed_dim)
     assert [Path(i).name for i in made.items] == sorted(
         (Path(i).name for i in made.items), key=lambda n: (int(n[:2]) % 2, n)
     )
-    from tpt_nb.folder import read_rgb
+    from tpt_nb.core.images import read_rgb
     from tpt_nb.views import center_view
 
     for item, row in zip(made.items, made.features, strict=True):
@@ -402,16 +403,16 @@ def test_build_and_read(mini, folder, tmp_path):
         assert torch.allclose(
             mini.encode_views(view[None])[0], torch.tensor(row).float(), atol=1e-3
         )
-    again = db.build(pictures, mini, tmp_path / "db")
+    again = ra_tta.build(pictures, mini, tmp_path / "db")
     assert np.array_equal(again.features, made.features) and again.items == made.items
-    other = clips.wrap(clips.build_mini(seed=1), "other", device="cpu")
+    other = models.wrap(models.build_mini(seed=1), "other", device="cpu")
     with pytest.raises(ValueError, match="of other images or of another model"):
-        db.build(pictures, other, tmp_path / "db")
+        ra_tta.build(pictures, other, tmp_path / "db")
     assert not list((tmp_path / "db").glob("part-*"))
 
 
 def test_a_killed_build_goes_on(mini, tmp_path):
-    pictures = db.iconshift_pictures(50)  # 550 images: two parts
+    pictures = ra_tta.iconshift_pictures(50)  # 550 images: two parts
     asked = []
 
     def fetch(item, stop=530):
@@ -421,15 +422,15 @@ def test_a_killed_build_goes_on(mini, tmp_path):
         return Image.new("RGB", (64, 64), (len(item), int(item.split("/")[1]) % 256, 0))
 
     def of(stop):
-        return db.Pictures(pictures.items, lambda i: fetch(i, stop), pictures.groups, "x")
+        return ra_tta.Pictures(pictures.items, lambda i: fetch(i, stop), pictures.groups, "x")
 
     with pytest.raises(KeyboardInterrupt):
-        db.build(of(530), mini, tmp_path / "db", progress=False)
+        ra_tta.build(of(530), mini, tmp_path / "db", progress=False)
     assert len(list((tmp_path / "db").glob("part-*.npz"))) == 1
     asked.clear()
-    done = db.build(of(10**6), mini, tmp_path / "db", progress=False)
+    done = ra_tta.build(of(10**6), mini, tmp_path / "db", progress=False)
     assert asked == pictures.items[512:]  # the first part is not made again
-    whole = db.build(of(10**6), mini, tmp_path / "other", progress=False)
+    whole = ra_tta.build(of(10**6), mini, tmp_path / "other", progress=False)
     assert np.array_equal(done.features, whole.features)
     assert done.groups == {k: tuple(v) for k, v in pictures.groups.items()}
 
@@ -444,13 +445,13 @@ def test_embeddings_of_the_authors(tmp_path, protocol):
     ):
         path = tmp_path / "LAION2B_x_aux_ViT-B_16"
         path.write_bytes(pickle.dumps(value, protocol=protocol))
-        got = db.read_database(path)
+        got = ra_tta.read_database(path)
         assert got.features.dtype == np.float16
         expected = rows / np.linalg.norm(rows, axis=1, keepdims=True)
         assert np.allclose(got.features, expected, atol=2e-3)
     path.write_bytes(pickle.dumps({"embedding": [1, 2]}))
     with pytest.raises(ValueError, match=r"no array \[M,D\]"):
-        db.read_database(path)
+        ra_tta.read_database(path)
 
 
 class Evil:
@@ -464,16 +465,16 @@ def test_nothing_in_a_file_is_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "bad").write_bytes(pickle.dumps({"embedding": Evil()}))
     with pytest.raises(ValueError, match="system, which is no array"):
-        db.read_database(tmp_path / "bad")
+        ra_tta.read_database(tmp_path / "bad")
     assert not (tmp_path / "pwned").exists()
     with pytest.raises(ValueError, match="is no database: make one with"):
-        db.read_database(tmp_path)
+        ra_tta.read_database(tmp_path)
 
 
 def test_test_embeddings_of_the_authors(tmp_path):
     rows = [(unit(1, 8, seed=i).half(), unit(5, 8, seed=i + 9).half(), i % 3) for i in range(4)]
     torch.save(rows, tmp_path / "0.pth")
-    features, targets = db.read_test_embeddings(tmp_path / "0.pth")
+    features, targets = ra_tta.read_test_embeddings(tmp_path / "0.pth")
     assert features.shape == (4, 6, 8) and targets.tolist() == [0, 1, 2, 0]
     assert torch.allclose(features[2, 0], rows[2][0][0].float(), atol=1e-3)
 
@@ -506,21 +507,21 @@ def test_a_run_from_the_shell(world, tmp_path, capsys):  # noqa: F811
 
 def test_a_batch_is_its_images_one_by_one(mini):
     names = ["cat", "dog", "bus"]
-    texts = retrieval.embed_texts(mini, names, [[f"{n} {i}" for i in range(6)] for n in names])
-    database = db.Database(unit(80, mini.embed_dim).numpy(), groups={"noto": (0, 30)})
-    knowledge = retrieval.Knowledge(texts, database, lambda i: "noto" if i == "x" else None)
+    texts = ra_tta.embed_texts(mini, names, [[f"{n} {i}" for i in range(6)] for n in names])
+    database = ra_tta.Database(unit(80, mini.embed_dim).numpy(), groups={"noto": (0, 30)})
+    knowledge = ra_tta.Knowledge(texts, database, lambda i: "noto" if i == "x" else None)
     prompts = Prompts(mini, names)
     features = unit(3, 5, mini.embed_dim, seed=4)
-    done = retrieval.ra_tta(features, prompts, knowledge, ids=["x", "y", "x"])
+    done = ra_tta.ra_tta(features, prompts, knowledge, ids=["x", "y", "x"])
     scale = float(mini.logit_scale)
     for i, without in enumerate(["noto", None, "noto"]):
-        one = retrieval.trace(features[i], texts, database, scale, None, without)
+        one = ra_tta.trace(features[i], texts, database, scale, None, without)
         assert torch.allclose(done.logits[i].exp(), one.p.float(), atol=1e-6)
         if without and one.rows.numel():
             assert one.rows.min() >= 30
     assert done.selected.all() and done.logits.exp().sum(1).allclose(torch.ones(3))
     with pytest.raises(ValueError, match="needs descriptions and a database"):
-        retrieval.ra_tta(features, prompts)
+        ra_tta.ra_tta(features, prompts)
 
 
 def test_options_and_widths_are_checked(world, mini, tmp_path):  # noqa: F811
@@ -528,7 +529,7 @@ def test_options_and_widths_are_checked(world, mini, tmp_path):  # noqa: F811
         run(RunConfig(**world, database="x"))
     sentences = {name: ["s"] * 6 for name in CLASSES}
     (tmp_path / "d.json").write_text(json.dumps(sentences))
-    db.write_database(tmp_path / "db", np.zeros((3, 7), np.float16), list("abc"), {})
+    ra_tta.write_database(tmp_path / "db", np.zeros((3, 7), np.float16), list("abc"), {})
     wrong = {"descriptions": str(tmp_path / "d.json"), "database": str(tmp_path / "db")}
     with pytest.raises(ValueError, match="the database has vectors of 7, .* makes 32"):
         run(RunConfig(**world, method="ra_tta", out=str(tmp_path), **wrong), progress=False)

@@ -8,7 +8,7 @@ import torch
 from test_adapt import assert_equal, views_of
 from test_losses import random_logits
 
-from tpt_nb import adapt
+from tpt_nb import methods
 from tpt_nb.losses import (
     LOSSES,
     entropy,
@@ -19,7 +19,7 @@ from tpt_nb.losses import (
     select_in_groups,
     shared_area,
 )
-from tpt_nb.prompts import Prompts
+from tpt_nb.models import Prompts
 
 CROSS = ["crossentropy_soft", "crossentropy_hard1", "crossentropy_hard5"]
 PATCH = [f"patch_loss{i}" for i in range(1, 7)]
@@ -492,8 +492,8 @@ def test_fast_equals_paper(mini64, name, steps):
     features = views_of(prompts, 2, 10).double()
     loss = bound(name, (5, 2), rho_patch=0.5, overlap=0.2)
     options = {"loss": loss, "rho": 0.3, "steps": steps, "lr": 0.02}
-    fast = adapt.tpt(features, prompts, **options)
-    assert_equal(fast, adapt.tpt(features, prompts, exact="paper", **options))
+    fast = methods.tpt(features, prompts, **options)
+    assert_equal(fast, methods.tpt(features, prompts, exact="paper", **options))
     if name.startswith("crossentropy"):
         assert fast.selected.sum(dim=1).tolist() == [2, 2] and not fast.selected[:, 0].any()
     if name in ("patch_loss1", "neighbour_agreement"):

@@ -15,10 +15,9 @@ import pytest
 import yaml
 from test_experiment import world  # noqa: F401 (a fixture)
 
-from tpt_nb import clip as clips
-from tpt_nb import metrics
-from tpt_nb.experiment import RunConfig, load_run, run, validate
-from tpt_nb.paths import DATA
+from tpt_nb import metrics, models
+from tpt_nb.core.paths import DATA
+from tpt_nb.runs import RunConfig, load_run, run, validate
 
 REPO = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPO / "ci"))
@@ -113,7 +112,7 @@ def test_a_sweep(grid, capsys):
     for row in kept:
         bits = np.unpackbits(np.frombuffer(bytes.fromhex(row["right"]), np.uint8))[: int(row["n"])]
         assert bits.tolist() == metrics.correct(runs[row["label"]].records).astype(int).tolist()
-    model = clips.load(yaml.safe_load(grid.read_text())["common"]["model"])
+    model = models.load(yaml.safe_load(grid.read_text())["common"]["model"])
     assert {row["model_fingerprint"] for row in kept} == {model.fingerprint}
     text = Path("kept/small.md").read_text()
     assert text.startswith("six rows\n\n") and model.fingerprint in text

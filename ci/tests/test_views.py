@@ -11,8 +11,8 @@ import torchvision.transforms as T
 import torchvision.transforms.functional as F
 from PIL import Image
 
-from tpt_nb import resample
 from tpt_nb import views as views_module
+from tpt_nb.core.images import view_seed
 from tpt_nb.views import (
     AUGMIX_OPS,
     PatchViews,
@@ -20,8 +20,8 @@ from tpt_nb.views import (
     center_view,
     crop_boxes,
     make_augmenter,
+    resample,
     tpt_augmix,
-    view_seed,
 )
 
 VARIANTS = [

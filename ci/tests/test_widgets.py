@@ -8,7 +8,7 @@ import pytest
 from matplotlib import pyplot as plt
 from PIL import Image
 
-from tpt_nb import widgets
+from tpt_nb.lessons import widgets
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -90,7 +90,7 @@ def images():
 
 @pytest.fixture
 def prompts(mini, images):
-    from tpt_nb.prompts import Prompts
+    from tpt_nb.models import Prompts
 
     return Prompts(mini, images.classnames)
 

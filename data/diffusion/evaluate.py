@@ -22,10 +22,12 @@ from tqdm import tqdm
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
 
-from tpt_nb import clip, datasets, diffusion  # noqa: E402
-from tpt_nb.experiment import device_name, versions  # noqa: E402
-from tpt_nb.prompts import Prompts  # noqa: E402
-from tpt_nb.views import make_augmenter, view_seed  # noqa: E402
+from tpt_nb import datasets, models
+from tpt_nb.core.images import view_seed
+from tpt_nb.core.machine import device_name, versions  # noqa: E402
+from tpt_nb.methods import difftpt  # noqa: E402
+from tpt_nb.models import Prompts  # noqa: E402
+from tpt_nb.views import make_augmenter  # noqa: E402
 
 EACH = 8  # variations of an image
 GUIDANCES = (1.0, 2.0, 3.0, 4.0)
@@ -35,7 +37,7 @@ STEPS = (1, 2, 4, 25)
 def features_of(pictures: torch.Tensor, mini) -> torch.Tensor:
     """Features of small pictures ``[n,3,S,S]`` as views."""
     row = Image.fromarray(torch.cat(list(pictures), 2).permute(1, 2, 0).numpy())
-    return mini.encode_views(diffusion.Row(len(pictures), mini.image_size)(row))
+    return mini.encode_views(difftpt.Row(len(pictures), mini.image_size)(row))
 
 
 def numbers(sets: list[torch.Tensor], originals, text, targets) -> dict:
@@ -55,14 +57,14 @@ def numbers(sets: list[torch.Tensor], originals, text, targets) -> dict:
 
 def measure(n: int) -> dict:
     """All numbers of the card, on n images."""
-    known, mini = datasets.load("iconshift-v2", n=n), clip.load("mini", device="cpu")
+    known, mini = datasets.load("iconshift-v2", n=n), models.load("mini", device="cpu")
     text = Prompts(mini, known.classnames).text_features()
     images = [known[i][0] for i in range(n)]
     crops = make_augmenter("random", size=mini.image_size, n_aug=EACH)
     views = [crops(im, view_seed(0, i)) for im, i in zip(images, known.ids, strict=True)]
     views = [mini.encode_views(v) for v in views]
     originals = [v[0] for v in views]
-    tiny = [diffusion.Row(1, diffusion.SIDE)(im.resize((diffusion.SIDE,) * 2, 3)) for im in images]
+    tiny = [difftpt.Row(1, difftpt.SIDE)(im.resize((difftpt.SIDE,) * 2, 3)) for im in images]
     small = [features_of(t, mini)[0] for t in tiny]
 
     def zero_shot(features):
@@ -78,14 +80,14 @@ def measure(n: int) -> dict:
         "crops": numbers([v[1:] for v in views], originals, text, known.targets),
         "settings": [],
     }
-    usual = diffusion.MiniGenerator()
+    usual = difftpt.MiniGenerator()
     settings = [(usual.steps, g) for g in GUIDANCES] + [(s, usual.guidance) for s in STEPS]
     for steps, guidance in tqdm(settings, desc="settings"):
-        generator = diffusion.MiniGenerator(steps, guidance)
+        generator = difftpt.MiniGenerator(steps, guidance)
         generator.make(images[0], [0])
         began = time.perf_counter()
         made = [
-            diffusion.variations(im, EACH, generator, image_id=i)
+            difftpt.variations(im, EACH, generator, image_id=i)
             for im, i in zip(images, known.ids, strict=True)
         ]
         seconds = (time.perf_counter() - began) / (n * EACH)

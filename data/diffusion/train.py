@@ -41,8 +41,9 @@ from tqdm import tqdm
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
 
-from tpt_nb import clip as tclip  # noqa: E402
-from tpt_nb import diffusion, iconshift  # noqa: E402
+from tpt_nb import models  # noqa: E402
+from tpt_nb.datasets import iconshift  # noqa: E402
+from tpt_nb.methods import difftpt
 
 PAINT = 128  # scenes are painted at this size
 FIRST = 1_000_000  # of the stream; MiniCLIP was trained on the first 150,000
@@ -79,7 +80,7 @@ def views_of(index: int) -> tuple[torch.Tensor, torch.Tensor]:
     for _ in range(2):
         box = tuple(PAINT * x for x in crop_of(s, rng))
         seen.append(image.resize((64, 64), Image.Resampling.BICUBIC, box))
-        made.append(image.resize((diffusion.SIDE,) * 2, Image.Resampling.BICUBIC, box))
+        made.append(image.resize((difftpt.SIDE,) * 2, Image.Resampling.BICUBIC, box))
     return torch.stack([TF.pil_to_tensor(i) for i in seen]), torch.stack(
         [TF.pil_to_tensor(i) for i in made]
     )
@@ -89,7 +90,7 @@ def make_bank(path: Path, first: int, scenes: int) -> dict[str, torch.Tensor]:
     """Of N scenes: ``made`` uint8 ``[N,2,3,32,32]``, crops; ``seen`` ``[N,3,256]``, embeddings."""
     if path.exists():
         return load_file(path)
-    mini = tclip.load("mini", device="cpu")
+    mini = models.load("mini", device="cpu")
     made, seen = [], []
     for start in tqdm(range(first, first + scenes, 100), desc="scenes", mininterval=10):
         parts = [views_of(i) for i in range(start, start + 100)]
@@ -151,7 +152,7 @@ def sheet(network, bank, center, spread, path: Path, rows: int = 8) -> None:
     picks = torch.arange(rows) * 7
     condition = ((bank["seen"][picks, 0] - center) / spread).repeat_interleave(7, 0)
     noise = torch.randn(len(condition), 3, 32, 32, generator=torch.Generator().manual_seed(1))
-    made = diffusion.denoise(network, diffusion.build_schedule(), noise, condition)
+    made = difftpt.denoise(network, difftpt.build_schedule(), noise, condition)
     made = (made.unflatten(0, (rows, 7)) * 127.5 + 127.5).round().byte()
     grid = torch.cat([bank["made"][picks, :1], made], 1)  # [rows,8,3,32,32]
     pixels = grid.permute(0, 3, 1, 4, 2).reshape(rows * 32, 8 * 32, 3).numpy()
@@ -179,13 +180,13 @@ def main() -> None:
     bank = make_bank(args.out / f"bank-{args.scenes}.safetensors", FIRST, args.scenes)
     test = make_bank(args.out / "bank-held-out.safetensors", HELD_OUT, 1000)
     center, spread = (f(bank["seen"], (0, 1)).half().float() for f in (torch.mean, torch.std))
-    alphas = diffusion.build_schedule().alphas_cumprod
+    alphas = difftpt.build_schedule().alphas_cumprod
 
     torch.manual_seed(args.seed)
-    network = diffusion.Network()
+    network = difftpt.Network()
     with torch.no_grad():  # what has not taken part yet is not heard
         network.unet.conv_in.weight[:, 12:] = 0
-    average = diffusion.Network().eval()
+    average = difftpt.Network().eval()
     average.load_state_dict(network.state_dict())
     network = network.to(device).train()
     average.requires_grad_(False)

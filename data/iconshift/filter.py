@@ -22,7 +22,7 @@ from torch import nn
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
 
-from tpt_nb import iconshift  # noqa: E402
+from tpt_nb.datasets import iconshift  # noqa: E402
 
 CANDIDATES = 6000
 PER_CLASS = 10

@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
 
-from tpt_nb import iconshift  # noqa: E402
+from tpt_nb.datasets import iconshift  # noqa: E402
 
 ROWS = ("iconshift", "iconshift-v2", "iconshift-a", "iconshift-r", "iconshift-sketch")
 SIDE, COLUMNS, LABEL = 84, 10, 104

@@ -17,17 +17,18 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
 
-from tpt_nb import clip as tclip  # noqa: E402
-from tpt_nb import iconshift  # noqa: E402
-from tpt_nb.prompts import Prompts, save_coop, train_coop  # noqa: E402
-from tpt_nb.views import RandomViews, view_seed  # noqa: E402
+from tpt_nb import models  # noqa: E402
+from tpt_nb.core.images import view_seed
+from tpt_nb.datasets import iconshift  # noqa: E402
+from tpt_nb.models import Prompts, save_coop, train_coop  # noqa: E402
+from tpt_nb.views import RandomViews  # noqa: E402
 
 FIRST = 20_000_000  # index of the first scene; a multiple of 200, so that classes come in turn
 SHOTS = 16
 AUGMENTED = 10  # crops per image, of which every epoch draws one
 
 
-def shots(model: tclip.Clip) -> tuple[torch.Tensor, torch.Tensor]:
+def shots(model: models.Clip) -> tuple[torch.Tensor, torch.Tensor]:
     """Features ``[N,A,D]`` and targets ``[N]`` of the few-shot training set."""
     augment = RandomViews(n_aug=AUGMENTED - 1, size=model.image_size)
     features, targets = [], []
@@ -39,7 +40,7 @@ def shots(model: tclip.Clip) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.stack(features), torch.tensor(targets)
 
 
-def accuracy(model: tclip.Clip, ctx: torch.Tensor | None, sets: dict) -> dict[str, float]:
+def accuracy(model: models.Clip, ctx: torch.Tensor | None, sets: dict) -> dict[str, float]:
     """Top-1 of view 0 under a context (None: "a photo of a") on encoded sets."""
     text = Prompts(model, iconshift.classnames()).text_features(ctx)
     return {
@@ -48,7 +49,7 @@ def accuracy(model: tclip.Clip, ctx: torch.Tensor | None, sets: dict) -> dict[st
     }
 
 
-def validation(model: tclip.Clip, n: int = 1000) -> dict:
+def validation(model: models.Clip, n: int = 1000) -> dict:
     """Variant -> (features of view 0 ``[N,D]``, targets ``[N]``)."""
     centre = RandomViews(n_aug=0, size=model.image_size)
     out = {}
@@ -67,7 +68,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE)
     args = parser.parse_args()
     began = time.perf_counter()
-    model = tclip.load(args.model)
+    model = models.load(args.model)
     features, targets = shots(model)
     sets = validation(model)
     tried = [{"lr": None, **accuracy(model, None, sets)}]

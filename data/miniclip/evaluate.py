@@ -24,10 +24,14 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
 
-from tpt_nb import adapt, datasets, metrics  # noqa: E402
-from tpt_nb import clip as tclip  # noqa: E402
-from tpt_nb.encode import encode  # noqa: E402
-from tpt_nb.prompts import Prompts, TemplatePrompts  # noqa: E402
+from tpt_nb import (
+    datasets,
+    methods,
+    metrics,  # noqa: E402
+    models,  # noqa: E402
+)
+from tpt_nb.features import encode  # noqa: E402
+from tpt_nb.models import Prompts, TemplatePrompts  # noqa: E402
 from tpt_nb.views import RandomViews  # noqa: E402
 
 VARIANTS = ("iconshift", "iconshift-v2", "iconshift-a", "iconshift-r", "iconshift-sketch")
@@ -48,26 +52,26 @@ def cell(hits: torch.Tensor, base: torch.Tensor | None = None) -> dict:
             for k, v in out.items()}  # fmt: skip
 
 
-def encoded(model: tclip.Clip, variant: str, n: int | None):
+def encoded(model: models.Clip, variant: str, n: int | None):
     size = len(datasets.load(variant))
     data = datasets.load(variant, n=min(n, size) if n else None)
     return encode(data, model, RandomViews(n_aug=63, size=model.image_size), seed=0)
 
 
-def measure(model: tclip.Clip, variant: str, n: int | None, lr: float, coop: Path) -> dict:
+def measure(model: models.Clip, variant: str, n: int | None, lr: float, coop: Path) -> dict:
     f = encoded(model, variant, n)
     names = datasets.load(variant).classnames
     single, tuned = Prompts(model, names), Prompts(model, names, coop=coop)
 
-    def hits(result: adapt.Adapted) -> torch.Tensor:
+    def hits(result: methods.Adapted) -> torch.Tensor:
         return result.logits.argmax(1) == f.targets
 
-    zero = hits(adapt.zero_shot(f.features, single))
-    zero_coop = hits(adapt.zero_shot(f.features, tuned))
-    ensemble = hits(adapt.zero_shot(f.features, TemplatePrompts(model, names, "seven")))
-    vote = hits(adapt.confident_view(f.features, single, rho=RHO))
-    tpt = hits(adapt.tpt(f.features, single, rho=RHO, lr=lr))
-    tpt_coop = hits(adapt.tpt(f.features, tuned, rho=RHO, lr=lr))
+    zero = hits(methods.zero_shot(f.features, single))
+    zero_coop = hits(methods.zero_shot(f.features, tuned))
+    ensemble = hits(methods.zero_shot(f.features, TemplatePrompts(model, names, "seven")))
+    vote = hits(methods.confident_view(f.features, single, rho=RHO))
+    tpt = hits(methods.tpt(f.features, single, rho=RHO, lr=lr))
+    tpt_coop = hits(methods.tpt(f.features, tuned, rho=RHO, lr=lr))
     return {
         "single": cell(zero),
         "ensemble": cell(ensemble),
@@ -78,7 +82,7 @@ def measure(model: tclip.Clip, variant: str, n: int | None, lr: float, coop: Pat
     }
 
 
-def text_shift(model: tclip.Clip, names: list[str], lr: float) -> float:
+def text_shift(model: models.Clip, names: list[str], lr: float) -> float:
     """Mean distance that a random sign step of ``lr`` moves the unit-norm text features."""
     prompts = Prompts(model, names)
     sign = torch.randn(prompts.ctx.shape, generator=torch.Generator().manual_seed(0)).sign()
@@ -87,7 +91,7 @@ def text_shift(model: tclip.Clip, names: list[str], lr: float) -> float:
         return float((moved - prompts.text_features()).norm(dim=1).mean())
 
 
-def choose_rate(model: tclip.Clip, n: int | None, coop: Path) -> dict:
+def choose_rate(model: models.Clip, n: int | None, coop: Path) -> dict:
     """Gain of TPT over its own start at several rates, on the two sets kept for choosing."""
     names = datasets.load("iconshift-v2").classnames
     starts = {"single": Prompts(model, names), "coop": Prompts(model, names, coop=coop)}
@@ -97,7 +101,7 @@ def choose_rate(model: tclip.Clip, n: int | None, coop: Path) -> dict:
         row = {"lr": lr, "text_shift": round(text_shift(model, names, lr), 4)}
         for variant, f in sets.items():
             for name, prompts in starts.items():
-                result = adapt.tpt(f.features, prompts, rho=RHO, lr=lr)
+                result = methods.tpt(f.features, prompts, rho=RHO, lr=lr)
                 before = (result.logits_before.argmax(1) == f.targets).float().mean()
                 after = (result.logits.argmax(1) == f.targets).float().mean()
                 row[f"{variant}/{name}"] = round(float(after - before), 4)
@@ -119,7 +123,7 @@ def main() -> None:
     parser.add_argument("--model", default="mini")
     parser.add_argument("--coop", type=Path, default=HERE / "coop.pth.tar")
     args = parser.parse_args()
-    model = tclip.load(args.model)
+    model = models.load(args.model)
     if args.choose_lr:
         chosen = choose_rate(model, args.n, args.coop)
         (HERE / "config.json").write_text(json.dumps(chosen, indent=1) + "\n")

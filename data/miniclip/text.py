@@ -36,16 +36,19 @@ sys.path[:0] = [str(HERE), str(HERE.parent.parent)]
 import captions as C  # noqa: E402
 import train  # noqa: E402
 
-from tpt_nb import adapt, iconshift  # noqa: E402
-from tpt_nb import clip as tclip  # noqa: E402
-from tpt_nb.prompts import Prompts  # noqa: E402
+from tpt_nb import (
+    methods,
+    models,  # noqa: E402
+)
+from tpt_nb.datasets import iconshift  # noqa: E402
+from tpt_nb.models import Prompts  # noqa: E402
 
 BANK, SCENES = 40, 20_000  # scenes that train.py does not paint
 NEUTRAL_WEIGHT = 0.3  # more of it, and the words around the name matter less
 
 
 @torch.no_grad()
-def image_bank(model: tclip.Clip, batches: int, seed: int) -> dict[str, torch.Tensor]:
+def image_bank(model: models.Clip, batches: int, seed: int) -> dict[str, torch.Tensor]:
     """Unit-norm features ``[N,D]`` of training crops, their classes ``[N]`` and facts ``[N,F]``."""
     names = iconshift.classnames()
     bank, specs = train.paint_bank(BANK, SCENES)
@@ -80,7 +83,7 @@ def captioned(bank: dict, names: list[str], step: int, args):
     return bank["features"][rows], texts, torch.from_numpy(positive), neutral, target
 
 
-def measure(model: tclip.Clip, sets: dict) -> dict[str, float]:
+def measure(model: models.Clip, sets: dict) -> dict[str, float]:
     """Zero-shot accuracy and what TPT gains at three rates, and how far a step moves the text."""
     from evaluate import text_shift  # beside this file
 
@@ -89,7 +92,7 @@ def measure(model: tclip.Clip, sets: dict) -> dict[str, float]:
     out = {"shift": text_shift(model, names, 0.02)}
     for variant, f in sets.items():
         for lr in (0.01, 0.02, 0.04):
-            result = adapt.tpt(f.features, prompts, lr=lr)
+            result = methods.tpt(f.features, prompts, lr=lr)
             before, after = (
                 float((logits.argmax(1) == f.targets).float().mean())
                 for logits in (result.logits_before, result.logits)
@@ -117,14 +120,14 @@ def main() -> None:
     began = time.perf_counter()
 
     names = iconshift.classnames()
-    finished = tclip.load_mini(args.image_tower, device="cpu")
+    finished = models.load_mini(args.image_tower, device="cpu")
     bank = image_bank(finished, args.batches, args.seed)
     sets = {v: encoded(finished, v, 400) for v in ("iconshift-v2", "iconshift-dev")}
     scale = finished.model.logit_scale.exp().detach()
 
     ids, lookup = train.token_rows(names)
     torch.manual_seed(args.seed)
-    model = tclip.build_mini(args.seed)
+    model = models.build_mini(args.seed)
     model.token_embedding = torch.nn.Embedding(len(ids), model.positional_embedding.shape[1])
     torch.nn.init.normal_(model.token_embedding.weight, std=0.02)
     model.visual, model.logit_scale = finished.model.visual, finished.model.logit_scale
@@ -137,7 +140,7 @@ def main() -> None:
         for group in optimizer.param_groups:
             group["lr"] = args.lr * train.schedule(step, args.steps)
         with torch.autocast("cpu", torch.bfloat16):
-            text = train.text_features(model, lookup, tclip.open_clip.tokenize(texts + neutral))
+            text = train.text_features(model, lookup, models.open_clip.tokenize(texts + neutral))
         text, classes = F.normalize(text.float(), dim=1).split([len(texts), len(neutral)])
         loss = train.contrastive_loss(image, text, positive, scale)
         loss = loss + NEUTRAL_WEIGHT * F.cross_entropy(scale * image @ classes.T, target)
@@ -148,10 +151,10 @@ def main() -> None:
         losses.append(loss.item())
         if (step + 1) % args.every == 0 or step + 1 == args.steps:
             path = args.out / "miniclip.safetensors"
-            tclip.save_mini(train.expanded(model, ids), ids, path)
+            models.save_mini(train.expanded(model, ids), ids, path)
             row = {"step": step + 1, "loss": round(float(np.mean(losses[-args.every :])), 4),
                    "seconds": round(time.perf_counter() - began), "scale": float(scale),
-                   **measure(tclip.load_mini(path, device="cpu"), sets)}  # fmt: skip
+                   **measure(models.load_mini(path, device="cpu"), sets)}  # fmt: skip
             with (args.out / "log.jsonl").open("a") as file:
                 file.write(json.dumps(row) + "\n")
             print(row, flush=True)

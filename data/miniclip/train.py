@@ -36,8 +36,8 @@ sys.path[:0] = [str(HERE), str(HERE.parent.parent)]
 
 import captions as C  # noqa: E402
 
-from tpt_nb import clip as tclip  # noqa: E402
-from tpt_nb import iconshift  # noqa: E402
+from tpt_nb import models  # noqa: E402
+from tpt_nb.datasets import iconshift  # noqa: E402
 
 BANK_SIDE = 128  # scenes are painted at this size and cropped to the model's 64 px
 BANK_SCENES = 30_000
@@ -204,8 +204,8 @@ def true_of(target: np.ndarray, truth: np.ndarray, stated: list[list[int]]) -> n
 
 def token_rows(names: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids of the tokens that captions can hold, and for every token its row among them, or -1."""
-    tokens = tclip.open_clip.tokenize(C.vocabulary(names))
-    ids = torch.cat([tokens.unique(), torch.tensor([tclip.SOT, tclip.EOT])]).unique()
+    tokens = models.open_clip.tokenize(C.vocabulary(names))
+    ids = torch.cat([tokens.unique(), torch.tensor([models.SOT, models.EOT])]).unique()
     lookup = torch.full((49408,), -1)
     lookup[ids] = torch.arange(len(ids))
     return ids, lookup
@@ -225,7 +225,7 @@ def text_features(model, lookup: torch.Tensor, tokens: torch.Tensor) -> torch.Te
     eot = tokens.argmax(1)
     tokens = lookup[tokens[:, : int(eot.max()) + 1]]
     x = model.token_embedding(tokens) + model.positional_embedding[: tokens.shape[1]]
-    return tclip.run_text_tower(model, x, eot)
+    return models.run_text_tower(model, x, eot)
 
 
 def contrastive_loss(image, text, positive, scale):
@@ -244,7 +244,7 @@ def schedule(step: int, steps: int) -> float:
 
 def expanded(model, ids: torch.Tensor):
     """A copy of the model with the full token table, as ``save_mini`` takes it."""
-    full = tclip.build_mini(0)
+    full = models.build_mini(0)
     state = {k: v for k, v in model.state_dict().items() if not k.startswith("head.")}
     table = torch.zeros_like(full.token_embedding.weight)
     table[ids] = state["token_embedding.weight"]
@@ -256,7 +256,7 @@ def expanded(model, ids: torch.Tensor):
 def validate(model, ids, names: list[str], mean, std, n: int = 400) -> dict[str, float]:
     """Zero-shot accuracy on source validation scenes and on small source objects in clutter."""
     full = expanded(model, ids)
-    tokens = tclip.open_clip.tokenize([f"a photo of a {name}." for name in names])
+    tokens = models.open_clip.tokenize([f"a photo of a {name}." for name in names])
     text = F.normalize(full.encode_text(tokens), dim=1)
     out = {}
     for variant in ("iconshift-v2", "iconshift-dev"):
@@ -288,14 +288,14 @@ def main() -> None:
     lookup = lookup.to(device)
 
     torch.manual_seed(args.seed)
-    model = tclip.build_mini(args.seed)
+    model = models.build_mini(args.seed)
     model.token_embedding = torch.nn.Embedding(len(ids), model.positional_embedding.shape[1])
     torch.nn.init.normal_(model.token_embedding.weight, std=0.02)
-    model.head = torch.nn.Linear(tclip.MINI_CONFIG["embed_dim"], len(names))  # for the start only
+    model.head = torch.nn.Linear(models.MINI_CONFIG["embed_dim"], len(names))  # for the start only
     model.requires_grad_(True).to(device).train()
     model.visual.to(memory_format=torch.channels_last)
-    mean = torch.tensor(tclip.OPENAI_DATASET_MEAN).view(1, 3, 1, 1)
-    std = torch.tensor(tclip.OPENAI_DATASET_STD).view(1, 3, 1, 1)
+    mean = torch.tensor(models.OPENAI_DATASET_MEAN).view(1, 3, 1, 1)
+    std = torch.tensor(models.OPENAI_DATASET_STD).view(1, 3, 1, 1)
     optimizer = torch.optim.AdamW(groups(model), lr=args.lr, betas=(0.9, 0.98))
 
     checkpoint, start, seconds = args.out / "checkpoint.pt", 0, 0.0
@@ -312,8 +312,8 @@ def main() -> None:
             bank_number = step // BANK_STEPS
             bank, specs = paint_bank(bank_number, args.scenes)
         images, texts, positive, neutral, target, _ = batch(bank, specs, step, args, names)
-        tokens = tclip.open_clip.tokenize(texts).to(device)
-        neutral = tclip.open_clip.tokenize(neutral).to(device)
+        tokens = models.open_clip.tokenize(texts).to(device)
+        neutral = models.open_clip.tokenize(neutral).to(device)
         images = ((images - mean) / std).to(device, memory_format=torch.channels_last)
         for group in optimizer.param_groups:
             group["lr"] = args.lr * schedule(step, args.steps)
@@ -356,7 +356,7 @@ def main() -> None:
             torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(),
                         "step": done, "seconds": seconds}, temporary)  # fmt: skip
             temporary.replace(checkpoint)
-            tclip.save_mini(expanded(model.cpu(), ids), ids, args.out / "miniclip.safetensors")
+            models.save_mini(expanded(model.cpu(), ids), ids, args.out / "miniclip.safetensors")
             model.to(device)
 
 

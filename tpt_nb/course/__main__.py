@@ -5,10 +5,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from tpt_nb.core.paths import REPO, cache_dir
 from tpt_nb.course import sandbox
 from tpt_nb.course.grading import Options, exposed, grade, totals, write_grades
 from tpt_nb.course.masters import Master, Mistake, load_masters, release
-from tpt_nb.paths import REPO, cache_dir
 
 
 def arguments(argv: Sequence[str] | None) -> argparse.Namespace:

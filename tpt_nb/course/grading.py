@@ -19,12 +19,12 @@ import nbformat
 import numpy as np
 from nbformat import NotebookNode
 
-from tpt_nb import check
+from tpt_nb.core.paths import DATA, REPO
 from tpt_nb.course import sandbox
 from tpt_nb.course.grafts import graft, test_cells
 from tpt_nb.course.masters import Master, Mistake, Question
 from tpt_nb.course.submissions import Submission, find_answer, find_submissions
-from tpt_nb.paths import DATA, REPO
+from tpt_nb.lessons import check
 
 PACKAGE = Path(check.__file__).resolve().parent
 OUTCOMES = ("passed", "skipped", "error", "time-out", "died", "flood")

@@ -18,8 +18,8 @@ from queue import Empty
 import pytest
 from nbval.kernel import RunningKernel
 
-from tpt_nb.check import MIME
 from tpt_nb.course.sandbox import PR_SET_DUMPABLE, REPORT, prctl
+from tpt_nb.lessons.check import MIME
 
 OWN = 120  # seconds that a cell in front of the first answer may take at least
 PATIENCE = 15  # seconds that nbval may need beyond the time limit of a cell

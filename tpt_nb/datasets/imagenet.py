@@ -1,0 +1,79 @@
+"""The ImageNet family: synsets, class folders, order."""
+
+import csv
+import functools
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from tpt_nb.core.paths import DATA
+from tpt_nb.datasets.folder import spelling
+
+SYNSET = re.compile(r"n\d{8}")
+
+
+@functools.cache
+def imagenet_classes(variant: str = "") -> dict[str, str]:
+    """synset -> class name in label order, of ImageNet or of its variant "a" or "r".
+
+    Raises ``FileNotFoundError`` if the shipped table is missing.
+    """
+    path = DATA / "classnames" / "imagenet.tsv"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; restore it with `git checkout`.")
+    with open(path, newline="", encoding="utf-8") as file:
+        rows = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+        return {row["synset"]: row["name"] for row in rows if variant in row["variants"]}
+
+
+def _has_class_folders(place: Path) -> bool:
+    return any(
+        SYNSET.fullmatch(p.name) or (p.name.isdecimal() and len(p.name) < 4)
+        for p in place.iterdir()
+        if p.is_dir()
+    )
+
+
+def _check_synsets(name: str, place: Path, folders: list[str], names: Mapping[str, str]) -> None:
+    bad = [folder for folder in folders if folder not in names]
+    if not bad:
+        return
+    everything = imagenet_classes()
+    lines = [f"  {f}: {_whose(f, everything)}" for f in bad[:5]]
+    raise ValueError(
+        f"{len(bad)} of the {len(folders)} class folders in {place} are no classes of {name}:\n"
+        + "\n".join(lines)
+        + ("\n  ..." if len(bad) > 5 else "")
+        + f"\n{name} has {len(names)} classes, the first: {', '.join(list(names)[:3])}. Its images "
+        "must lie in folders named so; is this the folder of another data set?"
+    )
+
+
+def _whose(folder: str, everything: Mapping[str, str]) -> str:
+    if folder not in everything:
+        return "no class of ImageNet"
+    others = [f"imagenet-{v}" for v in "ar" if folder in imagenet_classes(v)]
+    return f"{everything[folder]!r}, a class of {' and '.join(['imagenet', *others])}"
+
+
+def check_order(name: str, known: Sequence[str], given: Sequence[str]) -> None:
+    """Raise ``ValueError`` if ``given`` cannot be class names in the label order of ``known``.
+
+    Names may be worded in other ways, but not be those of other labels.
+    """
+    if len(given) != len(known):
+        raise ValueError(f"{len(given)} class names for the {len(known)} classes of {name}")
+    where: dict[str, list[int]] = {}
+    for i, text in enumerate(known):
+        where.setdefault(spelling(text), []).append(i)
+    moved = [
+        (i, text)
+        for i, text in enumerate(given)
+        if i not in where.get(spelling(text), [i]) and spelling(known[i]) != spelling(text)
+    ]
+    if moved:
+        lines = [f"  label {i} is {known[i]!r}, but the list has {text!r}" for i, text in moved[:5]]
+        raise ValueError(
+            f"{len(moved)} of {len(given)} class names stand at the place of another class of "
+            f"{name}; the order must be that of the labels:\n" + "\n".join(lines)
+        )

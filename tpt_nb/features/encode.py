@@ -1,0 +1,300 @@
+"""Stage 1: images -> views -> features, once, with a cache on disk.
+
+The cache is a folder per key, ``<cache>/features/<key>/``. The key hashes everything that the
+features depend on (images, model, augmenter, seed; see :func:`cache_key`) and nothing else: it
+does not know which images are asked for, so a run on 50 images reuses what a run on 20 left
+behind, and the other way round. ``manifest.json`` spells the key out. Each shard is a safetensors
+file that lists its image ids and a checksum; it is written under a temporary name and renamed, so
+a file with a shard's name is complete. There is no index to fall out of step: killed at any
+moment, the next run finds the finished shards and encodes the rest. Two processes on one key do
+some work twice and harm nothing.
+
+Why the features do not depend on what was cached: in float32 the last bits of a feature depend on
+the batch it was computed in. So every image is encoded as a batch of its own, its V views,
+whatever the shard, the subset or the point of a resume. (On CUDA this also needs deterministic
+kernels to hold to the last bit.)
+
+On a GPU nothing waits for anything else: workers decode images and draw the crops, which are cut
+where the encoder is (:mod:`tpt_nb.resample`); copies to the device and back go through pinned
+memory; a few images are under way while the rows of the first come back; and a thread writes the
+shards. On a CPU the workers cut the crops, which is faster there. The key of the cache says which.
+"""
+
+import os
+import shutil
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from tpt_nb import views as resample
+from tpt_nb.core.images import as_rgb, view_seed
+from tpt_nb.core.paths import cache_dir
+from tpt_nb.features.shards import (
+    Features,
+    Store,
+    _device,
+    _open_folder,
+    _read_shards,
+    _write_shard,
+    cache_key,
+    planned,
+)
+
+AHEAD = 3  # images that a GPU works on while the rows of an earlier one come back
+
+
+def encode(
+    dataset,
+    clip,
+    augmenter,
+    seed: int = 0,
+    cache: Path | str | bool | None = None,
+    workers: int | None = None,
+    shard: int = 64,
+    progress: bool = True,
+) -> Features:
+    """Features of all views of all images of a data set, from the cache where they are there.
+
+    Args:
+        dataset: map-style, of (PIL image, target), with ``name``, ``fingerprint`` (of the images,
+        not of the
+            choice among them), ``ids`` (unique) and, if there are files, ``paths``. If it has
+            ``targets`` these count; otherwise targets are cached and ``classnames`` belongs to the
+            key.
+        clip: has ``encode_views(views [V,3,S,S]) -> [V,D]``, ``image_size`` and ``fingerprint``.
+        augmenter: see :mod:`tpt_nb.views`.
+        seed: of the views; image i gets ``view_seed(seed, ids[i])``.
+        cache: folder; None for the usual one (:func:`tpt_nb.paths.cache_dir`), False for no cache.
+        workers: processes that load images and make views; None picks. No effect on the result.
+        shard: images per cache file, at most. A kill costs no more than this many (on a GPU, where
+            shards are written in a thread, twice this many).
+        progress: tqdm bar with images/s and time left (never with ``TQDM_DISABLE=1``).
+
+    Raises:
+        ValueError: view size and model do not fit, ids not unique, no image could be decoded.
+        OSError: the disk is full; the finished shards stay and the next call goes on from there.
+
+    An image that cannot be decoded is recorded in ``failed`` with its path, and tried again next
+    time.
+    """
+    ids = list(dataset.ids)
+    _check(dataset, ids, clip, augmenter, shard)
+    folder = None
+    if cache is not False:
+        folder = _open_folder(Path(cache or cache_dir()), cache_key(dataset, clip, augmenter, seed))
+    store = Store(ids)
+    for record in _read_shards(folder, store.position):
+        store.put(**record)
+    missing = [i for i, there in enumerate(store.there) if not there]
+    with _bar(len(ids), len(missing), dataset.name, progress) as bar:
+        failed = fill(
+            store, dataset, clip, augmenter, seed, missing, workers, bar,
+            shard, lambda chosen: _write_shard(folder, store, chosen),
+        )  # fmt: skip
+
+    good = [i for i, there in enumerate(store.there) if there]
+    if failed:
+        first = f"{failed[0]['path']}: {failed[0]['error']}"
+        if not good:
+            raise ValueError(f"none of the {len(ids)} images could be decoded; the first: {first}")
+        warnings.warn(f"{len(failed)} of {len(ids)} images failed, first {first}", stacklevel=2)
+    targets = getattr(dataset, "targets", None)
+    targets = store.targets if targets is None else torch.as_tensor(targets)
+    return Features(
+        features=store.features[good] if failed else store.features,
+        targets=targets[good].long(),
+        ids=[ids[i] for i in good],
+        failed=failed,
+        seconds=float(store.seconds.sum()),
+        encoded=len(missing) - len(failed),
+    )
+
+
+def fill(
+    store: "Store", dataset, clip, augmenter, seed: int, missing: list[int], workers: int | None,
+    bar: tqdm, shard: int, write: Callable[[list[int]], None],
+) -> list[dict]:  # fmt: skip
+    """Encode the ``missing`` images of a data set into the store, image by image, in this order.
+
+    ``write`` gets the positions of every ``shard`` encoded images, and of the rest at the end or
+    when it is interrupted. Returns a dict (id, path, error) per image that cannot be decoded.
+    """
+    failed, buffer = [], []
+    start = time.perf_counter()
+    loaded = _load(dataset, augmenter, seed, missing, clip, workers)
+    writer = _Writer(write) if _device(clip).type == "cuda" else None
+    write = writer.put if writer else write
+    try:
+        for i, row, target, error in _encode_ahead(loaded, clip):
+            if error is None:
+                now = time.perf_counter()
+                store.put(i, row, target, now - start)
+                start = now
+                buffer.append(i)
+            else:
+                paths = getattr(dataset, "paths", None)
+                path = str(paths[i]) if paths is not None else store.ids[i]
+                failed.append({"id": store.ids[i], "path": path, "error": error})
+                bar.set_postfix(failed=len(failed))
+            if len(buffer) == shard:
+                full, buffer = buffer, []
+                write(full)
+            bar.update()
+    finally:  # also when a notebook cell is stopped: what is encoded is kept
+        if buffer:
+            write(buffer)
+        if writer:
+            writer.close()
+    return failed
+
+
+class _Writer:
+    """Calls ``write`` in a thread, one call at a time; an error surfaces in the next call."""
+
+    def __init__(self, write: Callable[[list[int]], None]) -> None:
+        self.write, self.pool, self.last = write, ThreadPoolExecutor(max_workers=1), None
+
+    def put(self, chosen: list[int]) -> None:
+        """Write these, when those before are written."""
+        if self.last:
+            self.last.result()
+        self.last = self.pool.submit(self.write, chosen)
+
+    def close(self) -> None:
+        """Wait for the last one."""
+        self.pool.shutdown()
+        if self.last:
+            self.last.result()
+
+
+@torch.no_grad()
+def _encode_ahead(loaded: Iterator, clip, ahead: int | None = None) -> Iterator[tuple]:
+    """Encode what :func:`_load` gives: (index, row [V,D] float32 on the CPU, target, error).
+
+    A GPU gets the next ``ahead`` images before the row of the first is waited for.
+    """
+    device = _device(clip)
+    ahead = AHEAD * (device.type == "cuda") if ahead is None else ahead
+    under_way: deque = deque()
+    for i, views, target, error in loaded:
+        if isinstance(views, resample.Plan):
+            views = resample.render(views, clip.image_size, device)
+        under_way.append((i, None if error else _start(clip, views), target, error))
+        while len(under_way) > ahead:
+            yield _arrived(clip, *under_way.popleft())
+    while under_way:
+        yield _arrived(clip, *under_way.popleft())
+
+
+def _start(clip, views: Tensor) -> tuple:
+    """The row on its way to the CPU, an event that says that it is there, and its views."""
+    if _device(clip).type != "cuda":
+        return clip.encode_views(views).to("cpu", torch.float32), None, views
+    row = clip.encode_views(views, checked=False).float()
+    here = torch.empty(row.shape, pin_memory=True)
+    here.copy_(row, non_blocking=True)
+    event = torch.cuda.Event()
+    event.record()
+    return here, event, views
+
+
+def _arrived(clip, i: int, under_way: tuple | None, target: int, error: str | None) -> tuple:
+    """Wait for a row; one that overflowed in half precision is encoded again, in another."""
+    if under_way is None:
+        return i, None, target, error
+    row, event, views = under_way
+    if event is not None:
+        event.synchronize()
+        if not row.isfinite().all():
+            row = clip.encode_views(views).to("cpu", torch.float32)
+    return i, row, target, None
+
+
+def _check(dataset, ids: list[str], clip, augmenter, shard: int) -> None:
+    if not ids or len(ids) != len(dataset):
+        raise ValueError(
+            f"the data set has {len(dataset)} images and {len(ids)} ids; need one id each"
+        )
+    if len(set(ids)) != len(ids):
+        twice = next(i for k, i in enumerate(ids) if i in set(ids[:k]))
+        raise ValueError(f"image ids must be unique; {twice!r} appears more than once")
+    size = getattr(augmenter, "size", clip.image_size)
+    if size != clip.image_size:
+        raise ValueError(
+            f"the augmenter makes views of {size} px but the model takes {clip.image_size} px; "
+            f"pass size={clip.image_size} to the augmenter"
+        )
+    if shard < 1:
+        raise ValueError(f"shard is {shard}; it must be 1 image or more")
+
+
+class _Views(Dataset):
+    """(index, views, target, error) per image; picklable, so that any kind of worker can run it.
+
+    With ``plan`` the views are not cut yet (:class:`tpt_nb.resample.Plan`).
+    """
+
+    def __init__(self, dataset, augmenter, seed: int, plan: bool = False):
+        self.dataset, self.seed = dataset, seed
+        self.make = augmenter.plan if plan else augmenter
+        self.ids = dataset.ids
+
+    def __getitem__(self, i: int) -> tuple[int, Tensor | resample.Plan | None, int, str | None]:
+        try:
+            image, target = self.dataset[i]
+            image = as_rgb(image)  # PIL decodes here, not when it opens the file
+        except Exception as error:
+            return i, None, -1, f"{type(error).__name__}: {error}"
+        # An error of the augmenter is a bug, not a damaged image: it surfaces.
+        return i, self.make(image, view_seed(self.seed, self.ids[i])), int(target), None
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+
+def _load(dataset, augmenter, seed: int, indices: list[int], clip, workers: int | None) -> Iterator:
+    if workers is None:
+        workers = _auto_workers(len(indices), clip, augmenter)
+    return iter(
+        DataLoader(
+            _Views(dataset, augmenter, seed, planned(clip, augmenter)),
+            sampler=indices,
+            batch_size=None,
+            num_workers=workers if indices else 0,
+            pin_memory=_device(clip).type == "cuda",
+            # a generator of its own: DataLoader would draw from (and so change) the global one
+            generator=torch.Generator(),
+        )
+    )
+
+
+def _auto_workers(n: int, clip, augmenter) -> int:
+    """On two cores the encoder itself keeps both busy; a GPU waits for the views."""
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+    cuda = _device(clip).type == "cuda"
+    workers = min(8, cores - 1) if cuda else int(cores > 2)
+    if n < 32:  # not worth starting processes
+        return 0
+    with suppress(OSError, AttributeError):
+        # Views travel through shared memory, which a container may have little of; a worker that
+        # runs out of it dies of a bus error. Three sets of float views per worker are under way at
+        # most.
+        room = shutil.disk_usage("/dev/shm").free
+        workers = min(workers, room // (3 * 4 * augmenter.n_views * 3 * clip.image_size**2))
+    return max(0, workers)
+
+
+def _bar(total: int, missing: int, name: str, progress: bool) -> tqdm:
+    off = {} if progress and missing else {"disable": True}  # unset, TQDM_DISABLE decides
+    return tqdm(total=total, initial=total - missing, desc=f"encode {name}", unit="image", **off)

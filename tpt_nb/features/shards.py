@@ -1,0 +1,213 @@
+"""The cache of features: shards on disk, checked, written whole."""
+
+import errno
+import hashlib
+import json
+import time
+import warnings
+import zlib
+from collections.abc import Container, Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from tpt_nb import views
+from tpt_nb.core.files import _write_atomically
+
+FORMAT = 1  # raise it when shards change: older caches are then not used
+
+
+STALE_SECONDS = 3600
+
+
+@dataclass
+class Features:
+    """Features of the decodable images of a data set, in the data set's order.
+
+    ``features`` [N,V,D] float32 unit norm (view 0 the un-augmented image), ``targets`` [N] long,
+    ``ids`` the N image ids; ``failed`` has a dict (id, path, error) per image that could not be
+    decoded. ``seconds`` is what encoding these N images took, whenever it was done, so that
+    seconds / N does not depend on the state of the cache; ``encoded`` counts the images encoded by
+    this call.
+    """
+
+    features: Tensor
+    targets: Tensor
+    ids: list[str]
+    failed: list[dict]
+    seconds: float
+    encoded: int
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def batches(self, size: int) -> Iterator[tuple[list[str], Tensor, Tensor]]:
+        """Yield (ids, features [B,V,D], targets [B]) for consecutive groups of `size` images."""
+        for i in range(0, len(self), size):
+            part = slice(i, i + size)
+            yield self.ids[part], self.features[part], self.targets[part]
+
+
+def _device(clip) -> torch.device:
+    return torch.device(getattr(clip, "device", "cpu"))
+
+
+def planned(clip, augmenter) -> bool:
+    """Are the crops cut where the encoder is?"""
+    return views.fits(_device(clip)) and getattr(augmenter, "only_crops", False)
+
+
+class Store:
+    """Features, targets and seconds of the images, row i for image i, filled in any order."""
+
+    def __init__(self, ids: list[str]):
+        self.ids, self.position = ids, {image_id: i for i, image_id in enumerate(ids)}
+        self.there = [False] * len(ids)
+        self.features = torch.empty(0)
+        self.targets = torch.full((len(ids),), -1)
+        self.seconds = torch.zeros(len(ids), dtype=torch.float64)
+
+    def put(self, i: int, features: Tensor, target: int, seconds: float) -> None:
+        if not self.features.numel():
+            self.features = torch.empty(len(self.ids), *features.shape)
+        self.features[i], self.targets[i], self.seconds[i] = features, target, seconds
+        self.there[i] = True
+
+
+def cache_key(dataset, clip, augmenter, seed: int) -> dict:
+    """Everything that the features (and the cached targets) depend on, as a JSON-able dict."""
+    key = {
+        "format": FORMAT,
+        "dataset": {"name": dataset.name, "fingerprint": dataset.fingerprint},
+        "model": {"name": getattr(clip, "name", "")},
+        "augmenter": augmenter.spec(),
+        "seed": int(seed),
+    }
+    # of the image tower alone, where it is known: features do not depend on the text tower
+    known = getattr(clip, "image_fingerprint", "")
+    key["model"]["fingerprint"] = known or clip.fingerprint
+    key["model"]["image_size"] = clip.image_size
+    for statistic in ("mean", "std"):
+        key["model"][statistic] = [float(x) for x in getattr(clip, statistic, ())]
+    # half precision on CUDA, and double() for tests, give other numbers than float32
+    key["model"]["device"] = _device(clip).type
+    if isinstance(getattr(clip, "model", None), torch.nn.Module):
+        key["model"]["dtype"] = str(next(clip.model.parameters()).dtype)
+    if planned(clip, augmenter):  # within a grey level of Pillow's, but other pixels
+        key["crops"] = "tensor"
+    if getattr(dataset, "targets", None) is None:
+        key["dataset"]["classnames"] = list(dataset.classnames)
+    return key
+
+
+def manifest(key: dict) -> tuple[str, str]:
+    """Name of the folder of a key, below the cache, and the text of its manifest."""
+    text = json.dumps(key, sort_keys=True, indent=1)
+    return f"features/{hashlib.sha256(text.encode()).hexdigest()[:20]}", text
+
+
+def _open_folder(cache: Path, key: dict) -> Path:
+    name, text = manifest(key)
+    folder = cache / name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for stale in folder.glob(".tmp-*"):  # left by a kill; a young one may be another process's
+            with suppress(OSError):
+                if time.time() - stale.stat().st_mtime > STALE_SECONDS:
+                    stale.unlink()
+        path = folder / "manifest.json"
+        if not path.exists() or path.read_text() != text:
+            _write_atomically(path, text.encode())
+    except OSError as error:
+        raise _explain(error, folder) from error
+    return folder
+
+
+def _write_shard(folder: Path | None, store: Store, chosen: list[int]) -> None:
+    if folder is None:
+        return
+    name, data = pack_shard(store, chosen)
+    try:
+        _write_atomically(folder / name, data)
+    except OSError as error:
+        raise _explain(error, folder) from error
+
+
+def pack_shard(store: Store, chosen: list[int]) -> tuple[str, bytes]:
+    """File name and content of a shard with the images at these positions of the store."""
+    names = ("features", "targets", "seconds")
+    tensors = {name: getattr(store, name)[chosen] for name in names}
+    ids = [store.ids[i] for i in chosen]
+    about = {"ids": ids, "crc32": _crc32(ids, tensors)}
+    # Serialised in memory and written by Python: a full disk is then an OSError with its errno.
+    data = safetensors.torch.save(tensors, metadata={"shard": json.dumps(about)})
+    # Named by its images: whoever encodes the same images writes the same features to this name.
+    name = hashlib.sha256("\0".join(ids).encode()).hexdigest()[:16]
+    return f"{name}.safetensors", data
+
+
+def _explain(error: OSError, folder: Path) -> OSError:
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return OSError(
+            error.errno, f"cannot write the feature cache: {error.strerror}", str(folder)
+        )
+    kept = len(list(folder.glob("*.safetensors"))) if folder.is_dir() else 0
+    return OSError(
+        error.errno,
+        f"the disk is full while caching features; the {kept} finished shards are kept. Make room "
+        "or set TPT_NB_CACHE to a larger disk, then run again: it goes on from there",
+        str(folder),
+    )
+
+
+def _crc32(ids: list[str], tensors: dict[str, Tensor]) -> int:
+    crc = zlib.crc32("\0".join(ids).encode())
+    for name in ("features", "targets", "seconds"):
+        crc = zlib.crc32(tensors[name].contiguous().numpy(), crc)
+    return crc
+
+
+def read_shard(path: Path, wanted: Container[str] | None = None) -> tuple[list[str] | None, dict]:
+    """The image ids and the tensors of a shard; (None, {}) if it has none of the ``wanted`` ids.
+
+    Raises what safetensors raises, or ``ValueError``, for a damaged file.
+    """
+    with safetensors.safe_open(path, framework="pt") as file:
+        about = json.loads(file.metadata()["shard"])
+        if wanted is not None and not any(image_id in wanted for image_id in about["ids"]):
+            return None, {}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if _crc32(about["ids"], tensors) != about["crc32"]:
+        raise ValueError("the checksum does not match")
+    return about["ids"], tensors
+
+
+def _read_shards(folder: Path | None, wanted: dict[str, int]) -> Iterator[dict]:
+    """What the shards hold of the wanted images. A damaged shard is dropped, with a warning."""
+    for path in sorted(folder.glob("*.safetensors")) if folder else ():
+        try:
+            ids, tensors = read_shard(path, wanted)
+            if ids is None:
+                continue
+        except FileNotFoundError:  # another process dropped it
+            continue
+        except Exception as error:
+            why = f"{type(error).__name__}: {error}"
+            warnings.warn(
+                f"damaged cache shard {path} ({why}); its images are encoded again", stacklevel=3
+            )
+            with suppress(OSError):
+                path.unlink()
+            continue
+        for k, image_id in enumerate(ids):
+            if image_id in wanted:
+                yield {
+                    "i": wanted[image_id],
+                    "features": tensors["features"][k],
+                    "target": int(tensors["targets"][k]),
+                    "seconds": float(tensors["seconds"][k]),
+                }

@@ -1,0 +1,215 @@
+"""The methods: features of the views of images, and prompts, to logits. One signature, batched.
+
+``method(features [B,V,D], prompts, **params) -> Adapted``. View 0 is the un-augmented image.
+
+Test-time prompt tuning (Shu et al., "Test-Time Prompt Tuning for Zero-Shot Generalization in
+Vision-Language Models", 2022) takes one optimiser step on the context per image and starts from
+the same context for every image. The *paper* path does that literally. The *fast* path gives the
+same result for many images at once: the text features of the initial context are computed once,
+the gradient of each image at that point is a vector-Jacobian product with one Jacobian, a matrix
+where there are enough images to pay for it and enough memory to hold it; the first AdamW step is
+a formula; each image's own context goes through the text tower in a batch. The *tangent* path does
+not even that: it takes the tuned text features from the same Jacobian, to first order. It is an
+approximation.
+"""
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tpt_nb.core.machine import free_memory
+from tpt_nb.losses import Loss, check_rho, get_loss, select_confident
+from tpt_nb.methods.method import Adapted, _as_mask, _back, _check_features, _weight
+from tpt_nb.models import Prompts, project_text, text_tower
+
+OPTIMIZERS = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
+
+
+EXACT = ("fast", "paper", "tangent")
+
+
+WORTH = 1.5  # the Jacobian costs about as much as this many gradients per row, d rows per class
+
+
+class _Start:
+    """The text features of the initial context, and how to take gradients back to it.
+
+    ``text`` is ``[C,D]``. By matrix: rows of the text tower, of width d, and the Jacobian
+    ``[C*d,M*d]`` of these rows; gradients are one product with it. Else: the graph of one pass.
+    """
+
+    def __init__(self, prompts: Prompts, by_matrix: bool, cache: str | Path | None = None) -> None:
+        self.ctx = prompts.ctx.to(_weight(prompts)).clone()
+        self.tower = text_tower(prompts.clip.model)
+        self.jacobian = prompts.jacobian(cache).flatten(0, 1) if by_matrix else None
+        if by_matrix:
+            self.rows, self.norm, self.text = prompts.once("start", lambda: self._at_start(prompts))
+        else:
+            self.ctx, self.graph = prompts.once("graph", lambda: self._with_graph(prompts))
+            self.text = self.graph.detach()
+
+    def _with_graph(self, prompts: Prompts) -> tuple[Tensor, Tensor]:
+        """The context, and the text features with the graph that leads back to it."""
+        with torch.enable_grad():
+            ctx = self.ctx.requires_grad_(True)
+            return ctx, prompts.text_features(ctx)
+
+    @torch.no_grad()
+    def _at_start(self, prompts: Prompts) -> tuple[Tensor, Tensor, Tensor]:
+        """Rows ``[C,d]``, the length of their projections ``[C,1]``, text features ``[C,D]``."""
+        rows = prompts.rows(self.ctx[None])[0]
+        features = project_text(self.tower, rows)
+        norm = features.norm(dim=-1, keepdim=True)
+        return rows, norm, features / norm
+
+    def pull_back(self, g_logits: Tensor, logits: Tensor, x: Tensor, scale: Tensor) -> Tensor:
+        """Gradients in the logits ``[b,V,C]`` of views x ``[b,V,D]`` -> in the context ``[b,M,d]``.
+
+        Logits are ``scale * x @ text.T``.
+        """
+        if self.jacobian is None:
+            (out,) = torch.autograd.grad(
+                self.graph,
+                self.ctx,
+                scale * g_logits.transpose(1, 2) @ x,
+                is_grads_batched=True,
+                retain_graph=True,
+            )
+            return out
+        # Back through the projection and the normalisation: of the gradient g in a text feature t,
+        # the part along t is lost, and g @ t is a sum over the logits.
+        along = (g_logits * logits).sum(dim=1).unsqueeze(-1)  # [b,C,1]
+        at_rows = scale * g_logits.transpose(1, 2) @ self._unproject(x)
+        at_rows = (at_rows - along * self._unproject(self.text)) / self.norm  # [b,C,d]
+        return (at_rows.flatten(1) @ self.jacobian).unflatten(1, self.ctx.shape)
+
+    def _unproject(self, x: Tensor) -> Tensor:
+        """The transpose of the text projection: ``[...,D] -> [...,d]``."""
+        projection = self.tower.text_projection
+        if projection is None:
+            return x
+        return x @ (projection.weight if isinstance(projection, nn.Linear) else projection.T)
+
+    def tangent(self, ctx: Tensor) -> Tensor:
+        """Text features ``[b,C,D]`` of contexts ``[b,M,d]``, the tower taken to first order."""
+        moved = (ctx - self.ctx).flatten(1) @ self.jacobian.T
+        rows = self.rows + moved.unflatten(1, self.rows.shape)
+        return F.normalize(project_text(self.tower, rows), dim=-1)
+
+
+def _first_step(ctx: Tensor, gradient: Tensor, lr: float, optimizer: str) -> Tensor:
+    """The first step of a fresh optimiser, in closed form: ``[M,d]``, ``[b,M,d]`` -> ``[b,M,d]``.
+
+    With empty state the bias-corrected moments of AdamW are g and g*g, and its step is
+    -lr g / (|g| + eps), after the weight decay of the weights themselves.
+    """
+    if optimizer == "sgd":
+        return ctx - lr * gradient
+    defaults = torch.optim.AdamW([torch.zeros(1)]).defaults  # torch's, as the paper's code has them
+    step = lr * gradient / (gradient.abs() + defaults["eps"])
+    return ctx * (1 - lr * defaults["weight_decay"]) - step
+
+
+def _with_selection(loss: Loss) -> Loss:
+    """``loss(logits, rho, selected)`` with ``.select(logits, rho) -> indices``.
+
+    A loss that selects by another rule carries it as its attribute ``select``; a function of
+    ``(logits, rho)`` alone selects for itself in every step.
+    """
+    takes_selection = "selected" in inspect.signature(loss).parameters
+
+    def call(logits: Tensor, rho: float, selected: Tensor) -> Tensor:
+        return loss(logits, rho, selected=selected) if takes_selection else loss(logits, rho)
+
+    call.select = getattr(loss, "select", select_confident)
+    return call
+
+
+def _worth_a_jacobian(prompts: Prompts, n_images: int) -> bool:
+    """Is the Jacobian as a matrix cheaper than a gradient per image, and does it fit?
+
+    A quarter of the free memory: the matrix is made in parts, but there are other things to hold.
+    """
+    if not prompts.has_jacobian or n_images < WORTH * prompts.clip.ctx_dim:
+        return False
+    weight = _weight(prompts)
+    size = prompts.C * prompts.M * prompts.clip.ctx_dim**2 * weight.element_size()
+    return size <= free_memory(weight.device) / 4
+
+
+def _images_per_pass(prompts: Prompts, steps: int) -> int:
+    """So many images that the widest activation would stay small: of a few MB (CPU), or of 1 GB.
+
+    On a CPU what is larger leaves the cache, and is fetched from the system anew, page by page.
+    """
+    weight = _weight(prompts)
+    tokens = sum(len(name) + len(rest) + 1 for name, rest in prompts.tokens)
+    if not prompts.fixed_suffixes:
+        tokens += prompts.C * prompts.M
+    widest = tokens * 4 * weight.shape[1] * weight.element_size()
+    budget = 2**30 if weight.is_cuda else 2**23
+    if steps > 1 and weight.is_cuda:  # the whole graph is kept
+        budget //= len(text_tower(prompts.clip.model).transformer.resblocks)
+    return max(1, budget // widest)
+
+
+def _check_tpt(features, prompts, rho, lr, steps, optimizer, batch) -> None:
+    _check_features(features, prompts)
+    if prompts.ctx is None:
+        raise ValueError("TPT tunes a context and a template ensemble has none; use Prompts.")
+    if optimizer not in OPTIMIZERS:
+        raise ValueError(f"unknown optimizer {optimizer!r}; known: {', '.join(OPTIMIZERS)}.")
+    check_rho(rho)
+    if not lr > 0 or steps < 1 or (batch is not None and batch < 1):
+        raise ValueError(
+            f"lr must be > 0, steps and batch at least 1; got lr={lr}, steps={steps}, "
+            f"batch={batch}."
+        )
+
+
+def _one_step(
+    features: Tensor,
+    prompts: Prompts,
+    loss: str | Loss,
+    rho: float,
+    lr: float,
+    predict: Callable[[Tensor, Tensor, Tensor], Tensor],
+    of_text: Callable[[Tensor], Tensor] | None = None,
+    n_images: int | None = None,
+) -> Adapted:
+    """TPT's first step, with another prediction: the text tower runs once per image.
+
+    Args:
+        loss: of the logits of an image's views, as in :func:`tpt`.
+        predict: views [b,V,D], text features of each image's tuned context [b,C,D] and the chosen
+            views [b,k] to logits [b,C].
+        of_text: a second term of the loss, of the text features [C,D] alone: the same for all
+            images.
+    """
+    _check_tpt(features, prompts, rho, lr, 1, "adamw", None)
+    loss_fn = _with_selection(get_loss(loss) if isinstance(loss, str) else loss)
+    start = _Start(prompts, _worth_a_jacobian(prompts, n_images or len(features)))
+    weight = _weight(prompts)
+    scale = prompts.clip.logit_scale.to(weight)
+    extra, g_extra = torch.zeros_like(scale), 0.0
+    if of_text:
+        leaf = prompts.ctx.to(weight).clone().requires_grad_(True)
+        extra = of_text(prompts.text_features(leaf))
+        (g_extra,) = torch.autograd.grad(extra, leaf)
+    outs: list[tuple[Tensor, ...]] = []
+    for x in features.to(weight).split(_images_per_pass(prompts, 1)):
+        logits = (scale * x @ start.text.T).requires_grad_(True)
+        chosen = torch.vmap(lambda z: loss_fn.select(z, rho))(logits.detach())
+        each = torch.vmap(lambda z, i: loss_fn(z, rho, i))(logits, chosen)
+        (g_logits,) = torch.autograd.grad(each.sum(), logits)
+        g_ctx = start.pull_back(g_logits, logits.detach(), x, scale) + g_extra
+        ctx = _first_step(start.ctx.detach(), g_ctx, lr, "adamw").detach()
+        with torch.no_grad():
+            after = predict(x, prompts.text_features(ctx).to(x.dtype), chosen)
+        value = (each + extra).detach()
+        outs.append((after, logits[:, 0].detach(), value, _as_mask(chosen, x), ctx))
+    return Adapted(*_back(features, *(torch.cat(t) for t in zip(*outs, strict=True))))

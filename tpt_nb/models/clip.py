@@ -1,0 +1,297 @@
+"""TODO"""
+
+import hashlib
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+from open_clip.tokenizer import SimpleTokenizer
+from torch import Tensor, nn
+
+OPENAI_MODELS = (
+    "RN50",
+    "RN101",
+    "RN50x4",
+    "RN50x16",
+    "RN50x64",
+    "ViT-B/32",
+    "ViT-B/16",
+    "ViT-L/14",
+    "ViT-L/14@336px",
+)
+
+
+SOT, EOT = 49406, 49407
+
+
+@dataclass
+class Clip:
+    """A frozen CLIP with everything needed to feed it.
+
+    ``model`` is an open_clip model in eval mode without gradients, ``tokenizer`` maps a list of
+    sentences to token ids ``[N,77]`` (long), ``mean`` and ``std`` are per-channel statistics of
+    images in [0,1]. ``fingerprint`` is a hash of the weights, ``image_fingerprint`` of those of the
+    image tower (part of the key of the feature cache: another text tower, the same features).
+    ``max_views`` is set when a pass ran out of memory: no later one is larger.
+    """
+
+    name: str
+    model: nn.Module
+    tokenizer: Callable[[list[str]], Tensor]
+    image_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    device: torch.device
+    fingerprint: str
+    image_fingerprint: str = ""
+    max_views: int | None = None
+
+    @property
+    def embed_dim(self) -> int:
+        """Width D of the joint space."""
+        tower = text_tower(self.model)
+        projection = tower.text_projection
+        if isinstance(projection, nn.Linear):
+            return projection.out_features
+        return projection.shape[1] if projection is not None else self.ctx_dim
+
+    @property
+    def ctx_dim(self) -> int:
+        """Width d of the text transformer, hence of context vectors."""
+        return text_tower(self.model).token_embedding.weight.shape[1]
+
+    @property
+    def logit_scale(self) -> Tensor:
+        """``exp(logit_scale)``, a float32 scalar on the device (about 100 in trained models)."""
+        return self.model.logit_scale.detach().float().exp().squeeze()
+
+    @torch.no_grad()
+    def encode_views(self, views: Tensor, batch: int = 256, checked: bool = True) -> Tensor:
+        """Features of views that already have the model's image size.
+
+        Args:
+            views: ``[V,3,H,W]``, uint8 in 0..255 or float in [0,1]; normalised here.
+            batch: views per pass of the image encoder, at most; on a GPU fewer where memory is
+                short, and half as many after a pass that ran out of it.
+            checked: on a GPU, wait for each pass to see whether it overflowed in half precision,
+                and compute it again if so; False: whoever asked looks for numbers not finite.
+        Returns:
+            ``[V,D]`` float32, unit norm, on the model's device.
+        Raises:
+            ValueError: wrong shape, size or range.
+            RuntimeError: not even one view fits into memory.
+        """
+        self._check_views(views)
+        features, done = [], 0
+        step = min(batch, self.max_views or batch, self._room())
+        while done < len(views):
+            try:
+                features.append(self._encode_pass(views[done : done + step], checked))
+                done += step
+                continue
+            except torch.OutOfMemoryError as error:
+                if step == 1:
+                    raise RuntimeError(
+                        f"the memory of {self.device} cannot hold one view of {self.image_size} px "
+                        f"beside {self.name}; is another program using it?"
+                    ) from error
+            # behind the except clause, whose traceback would keep the tensors of the pass alive
+            step = self.max_views = step // 2
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+        if not features:
+            return torch.empty(0, self.embed_dim, device=self.device)
+        return torch.cat(features)
+
+    def _encode_pass(self, views: Tensor, checked: bool = True) -> Tensor:
+        """One pass of the image encoder: ``[V,3,S,S]`` -> ``[V,D]`` float32, unit norm."""
+        dtype = next(self.model.parameters()).dtype
+        mean = torch.tensor(self.mean, device=self.device, dtype=dtype).view(1, 3, 1, 1)
+        std = torch.tensor(self.std, device=self.device, dtype=dtype).view(1, 3, 1, 1)
+        x = views.to(self.device, non_blocking=True)
+        x = x.to(dtype) / 255 if views.dtype == torch.uint8 else x.to(dtype)
+        x = ((x - mean) / std).contiguous(memory_format=torch.channels_last)
+        for amp in self._precisions():
+            kind = self.device.type
+            with torch.autocast(kind, amp or torch.bfloat16, enabled=amp is not None):
+                features = self.model.encode_image(x).float()
+            if amp != torch.float16 or not checked or features.isfinite().all():
+                break
+        return F.normalize(features, dim=-1)
+
+    def _precisions(self) -> list[torch.dtype | None]:
+        """What to compute in, in this order until all features are finite; None: as the weights.
+
+        On a GPU float16: OpenAI trained and stored its models in it, it is fast on a T4, which has
+        no bfloat16, and its 11 bits round less than bfloat16's 8. Models that were trained in
+        bfloat16 can leave its range; what overflows is computed again.
+        """
+        if self.device.type != "cuda":
+            return [None]
+        wide = torch.cuda.is_bf16_supported(including_emulation=False)
+        return [torch.float16, torch.bfloat16 if wide else None]
+
+    def _room(self) -> int:
+        """Views that surely fit into the free memory of the GPU at once."""
+        if self.device.type != "cuda":
+            return 1 << 30
+        free, _ = torch.cuda.mem_get_info(self.device)
+        # activations of a view: some 40 times its pixels in float32 in the widest models
+        return max(1, free // (40 * 3 * 4 * self.image_size**2))
+
+    @torch.no_grad()
+    def encode_text(self, texts: list[str], batch: int = 256) -> Tensor:
+        """Features of whole sentences: ``[N,D]``, unit norm, on the model's device.
+
+        Prompts are cut at the longest end-of-text token of the batch: in a causal tower no row
+        before the cut can see a row behind it, so the result is that of all 77 tokens.
+        """
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        if not texts:
+            return torch.empty(0, self.embed_dim, device=self.device)
+        tower = text_tower(self.model)
+        features = []
+        for tokens in self.tokenizer(texts).split(batch):
+            eot = tokens.argmax(dim=-1)
+            tokens = tokens[:, : int(eot.max()) + 1].to(self.device)
+            x = tower.token_embedding(tokens)
+            x = x + tower.positional_embedding[: tokens.shape[1]]
+            features.append(F.normalize(run_text_tower(tower, x, eot), dim=-1))
+        return torch.cat(features)
+
+    def _check_views(self, views: Tensor) -> None:
+        size = self.image_size
+        if views.ndim != 4 or tuple(views.shape[1:]) != (3, size, size):
+            raise ValueError(
+                f"encode_views got shape {list(views.shape)}, but {self.name} takes "
+                f"[V,3,{size},{size}]; let the augmenter make views of clip.image_size."
+            )
+        if views.dtype != torch.uint8:
+            if not views.is_floating_point():
+                raise ValueError(f"encode_views takes uint8 or float views, not {views.dtype}.")
+            if len(views) and (views.min() < -1e-3 or views.max() > 1 + 1e-3):
+                raise ValueError(
+                    f"float views must lie in [0,1], these span "
+                    f"[{views.min():.3g}, {views.max():.3g}]; hand over uint8 0..255 or divide by "
+                    "255, and leave the normalisation to encode_views."
+                )
+
+
+def text_tower(model: nn.Module) -> nn.Module:
+    """The module that holds token_embedding, transformer, ln_final and text_projection.
+
+    Raises:
+        ValueError: a tower that is not causal or does not pool at the end-of-text token (SigLIP,
+            CoCa, Hugging Face towers): the prompt code here would be wrong for it.
+    """
+    tower = model if hasattr(model, "token_embedding") else getattr(model, "text", None)
+    pool = getattr(tower, "text_pool_type", getattr(tower, "pool_type", None))
+    causal = getattr(tower, "attn_mask", None) is not None
+    if (
+        tower is None
+        or pool not in ("argmax", "eos")
+        or not causal
+        or hasattr(tower, "cls_emb")
+        and tower.cls_emb is not None
+    ):
+        raise ValueError(
+            f"{type(model).__name__} has no causal text tower that pools at the end-of-text token; "
+            f"choose an OpenAI model ({', '.join(OPENAI_MODELS)}) or one of the same family."
+        )
+    return tower
+
+
+def run_text_tower(tower: nn.Module, x: Tensor, eot: Tensor) -> Tensor:
+    """Embeddings with positions ``[N,L,d]``, end-of-text rows ``[N]`` -> ``[N,D]``, any norm."""
+    length = x.shape[1]
+    x = tower.transformer(x, attn_mask=tower.attn_mask[:length, :length])
+    x = x[torch.arange(len(x), device=x.device), eot.to(x.device)]
+    return project_text(tower, tower.ln_final(x))
+
+
+def project_text(tower: nn.Module, x: Tensor) -> Tensor:
+    """Rows of width d to the joint space of width D."""
+    projection = tower.text_projection
+    if projection is None:
+        return x
+    return projection(x) if isinstance(projection, nn.Linear) else x @ projection
+
+
+def wrap(
+    model: nn.Module,
+    name: str,
+    device: str | torch.device | None = None,
+    tokenizer: Callable[[list[str]], Tensor] | None = None,
+    seen_tokens: Tensor | None = None,
+) -> Clip:
+    """Freeze an open_clip model and wrap it as a :class:`Clip`.
+
+    Args:
+        seen_tokens: ids of the tokens that training saw; a prompt with another one raises a
+            warning.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model = model.eval().requires_grad_(False)
+    prints = {"fingerprint": weights_fingerprint(model)}
+    prints["image_fingerprint"] = weights_fingerprint(model.visual)
+    model = model.to(device).to(memory_format=torch.channels_last)
+    size = model.visual.image_size
+    return Clip(
+        name=name,
+        model=model,
+        tokenizer=_checked_tokenizer(tokenizer or SimpleTokenizer(), name, seen_tokens),
+        image_size=size[0] if isinstance(size, (tuple, list)) else int(size),
+        mean=tuple(getattr(model.visual, "image_mean", None) or OPENAI_DATASET_MEAN),
+        std=tuple(getattr(model.visual, "image_std", None) or OPENAI_DATASET_STD),
+        device=device,
+        **prints,
+    )
+
+
+def weights_fingerprint(model: nn.Module) -> str:
+    """Hash of names, shapes and values of all weights: 16 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for key, value in sorted(model.state_dict().items()):
+        digest.update(f"{key} {list(value.shape)} {value.dtype}".encode())
+        digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def _checked_tokenizer(
+    base, name: str, seen_tokens: Tensor | None
+) -> Callable[[list[str]], Tensor]:
+    """``base`` with warnings: a text cut at 77 tokens, a token that training never saw."""
+    seen = None if seen_tokens is None else {int(i) for i in seen_tokens}
+    warned: set[int] = set()
+
+    def tokenize(texts: list[str]) -> Tensor:
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        tokens = base(texts)
+        if hasattr(base, "encode"):
+            full = tokens.argmax(dim=-1) == tokens.shape[1] - 1
+            for i in full.nonzero().flatten().tolist():
+                if len(base.encode(texts[i])) + 2 > tokens.shape[1]:
+                    warnings.warn(
+                        f"a text is longer than {tokens.shape[1]} tokens and was cut: "
+                        f"{texts[i][:60]!r}...",
+                        stacklevel=2,
+                    )
+        if seen is not None:
+            for row in tokens:
+                used = row[
+                    : int(row.argmax()) + 1
+                ].tolist()  # behind the end-of-text token is padding
+                for token in sorted(set(used) - seen - warned):
+                    warned.add(token)
+                    word = base.decode([token]).strip()
+                    warnings.warn(
+                        f"the token {word!r} ({token}) was not in the training captions of "
+                        f"{name}: its embedding is zero and the prompt means less than it says.",
+                        stacklevel=2,
+                    )
+        return tokens
+
+    return tokenize

@@ -1,0 +1,279 @@
+"""Load a CLIP by name through open_clip; encode views and sentences to unit-norm features.
+
+``load`` knows the embedded ``mini``, the OpenAI models, every other open_clip model
+(``model@tag``) and local checkpoint files. All of them become a :class:`Clip`: a frozen open_clip
+model with its tokenizer, its image statistics and a fingerprint of its weights. CLIP itself is
+Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021.
+"""
+
+import json
+import os
+import warnings
+import zipfile
+from pathlib import Path
+
+import open_clip
+import torch
+from open_clip.model import build_model_from_openai_state_dict
+from torch import Tensor, nn
+
+from tpt_nb.core.paths import DATA
+from tpt_nb.models.clip import EOT, OPENAI_MODELS, SOT, Clip, wrap
+
+MINI_CONFIG = {
+    "embed_dim": 256,
+    "vision_cfg": {"layers": (1, 1, 2, 1), "width": 24, "head_width": 64, "image_size": 64},
+    "text_cfg": {
+        "context_length": 77,
+        "vocab_size": 49408,
+        "width": 192,
+        "heads": 3,
+        "layers": 3,
+    },
+    "quick_gelu": True,
+}
+
+
+MINI_PATH = DATA / "miniclip" / "miniclip.safetensors"
+
+
+ARCHIVES_DIR = Path.home() / ".cache" / "clip"  # where OpenAI's package and open_clip look too
+
+
+def build_mini(seed: int = 0, config: dict | None = None) -> open_clip.CLIP:
+    """An untrained MiniCLIP: open_clip's own class from a config, weights drawn from ``seed``.
+
+    The global random state is left as it was.
+    """
+    config = MINI_CONFIG if config is None else config
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = open_clip.CLIP(**config)
+    model.mini_config = config
+    return model
+
+
+def save_mini(model: nn.Module, token_ids: list[int] | Tensor, path: str | Path) -> None:
+    """Write a MiniCLIP as safetensors: float16, and only the embedding rows of ``token_ids``.
+
+    Statistics of batch norm and the logit scale stay float32 (they are tiny, and variances can
+    leave the range of float16). Start and end of text are always among the rows.
+    """
+    from safetensors.torch import save_file
+
+    ids = torch.as_tensor(sorted({int(i) for i in token_ids} | {SOT, EOT}), dtype=torch.int32)
+    tensors = {}
+    for key, value in model.state_dict().items():
+        value = value.detach().cpu()
+        if key == "token_embedding.weight":
+            key, value = "token_rows", value[ids.long()]
+        keep = not value.is_floating_point() or "running_" in key or key == "logit_scale"
+        stored = value if keep else value.half()
+        if value.is_floating_point() and not stored.isfinite().all():
+            raise ValueError(f"{key} has values that float16 cannot hold; is the training healthy?")
+        tensors[key] = stored.contiguous()
+    config = getattr(model, "mini_config", MINI_CONFIG)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    save_file({**tensors, "token_ids": ids}, temporary, metadata={"config": json.dumps(config)})
+    temporary.replace(path)
+
+
+def load_mini(path: str | Path = MINI_PATH, device: str | torch.device | None = None) -> Clip:
+    """MiniCLIP from its safetensors file; embedding rows that training never saw are zero.
+
+    Raises:
+        FileNotFoundError, ValueError: the file is missing or damaged; the message says how to
+            rebuild it.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    rebuild = "restore it with `git checkout`, or rebuild it: data/miniclip/train.py, then text.py"
+    if not path.is_file():
+        raise FileNotFoundError(f"the weights of MiniCLIP are not at {path}; {rebuild}.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            config = json.loads((file.metadata() or {})["config"])
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+        ids, rows = tensors.pop("token_ids").long(), tensors.pop("token_rows")
+        with torch.device(
+            "meta"
+        ):  # every weight comes from the file: drawing random ones would be waste
+            model = open_clip.CLIP(**config)
+        table = torch.zeros(model.vocab_size, rows.shape[1])
+        table[ids] = rows.float()
+        state = {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
+        model.load_state_dict({**state, "token_embedding.weight": table}, assign=True)
+    except (SafetensorError, KeyError, IndexError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is no readable MiniCLIP file ({error}); {rebuild}.") from error
+    restore_causal_mask(model)
+    model.mini_config = config
+    return wrap(model, "mini", device=device, seen_tokens=ids)
+
+
+def restore_causal_mask(model: nn.Module) -> None:
+    """Fill in the mask, which no state dict holds and a model built on ``meta`` lacks."""
+    length = model.context_length
+    model.attn_mask = torch.full((length, length), float("-inf")).triu_(1)
+
+
+def to_openai_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict under OpenAI's names, as ``clip.model.build_model`` of their package takes it.
+
+    Only for models of the OpenAI family: QuickGELU, text heads width/64, image heads 32·width/64.
+    """
+    state = {
+        key: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for key, value in model.state_dict().items()
+    }
+    if "positional_embedding" not in state or model.logit_bias is not None:
+        raise ValueError(f"{type(model).__name__} is not laid out as OpenAI's CLIP is.")
+    return state
+
+
+def load(name: str = "mini", device: str | torch.device | None = None) -> Clip:
+    """A frozen CLIP by name.
+
+    Args:
+        name: ``mini``; an OpenAI model (``RN50`` ... ``ViT-L/14``); ``model@tag`` or
+            ``model@file`` for any open_clip architecture (``ViT-B-32@laion2b_s34b_b79k``); or a
+            path to a checkpoint of the OpenAI family: TorchScript archive, state dict (``.pt``) or
+            safetensors. A state dict does not say which activation it was trained with: a bare
+            path means QuickGELU, as OpenAI's; ``model@file`` takes the activation of that
+            architecture.
+        device: default: cuda if there is one, else cpu.
+    Raises:
+        ValueError: unknown name; the message lists the known ones.
+    """
+    if name == "mini":
+        return load_mini(device=device)
+    openai = {known: _hyphened(known) for known in OPENAI_MODELS}
+    if name in openai or name in openai.values():
+        return _load_openai(name, openai.get(name, name), device)
+    if Path(name).is_file():
+        return _load_file(Path(name), device)
+    architecture, _, tag = name.partition("@")
+    if tag and architecture in open_clip.list_models():
+        return _load_open_clip(name, architecture, tag, device)
+    raise ValueError(
+        f"unknown model {name!r}. Known: mini, {', '.join(OPENAI_MODELS)}, "
+        "'model@tag' with a pair of open_clip.list_pretrained(), or the path of a checkpoint file"
+        + (f" (there is no file {name})." if Path(name).suffix else ".")
+    )
+
+
+def _load_openai(name: str, architecture: str, device) -> Clip:
+    """OpenAI's weights: the archive if it is here, else through open_clip, else the archive."""
+    here = weights_file(architecture)
+    if here:
+        return _load_file(here, device, name)
+    try:
+        return _load_open_clip(name, architecture, "openai", device)
+    except RuntimeError:
+        if os.environ.get("TPT_NB_DOWNLOAD") == "0":
+            raise
+    try:
+        return _load_file(_openai_archive(architecture), device, name)
+    except OSError as error:
+        raise RuntimeError(f"{error}\nWithout a network use 'mini'.") from error
+
+
+def weights_file(model: str) -> Path | None:
+    """OpenAI's archive of this model, if it is where the clip package and open_clip put it."""
+    source = _archive_source(model)
+    path = ARCHIVES_DIR / source.filename
+    return path if path.is_file() else None
+
+
+def fetch_weights(model: str) -> Path | None:
+    """Have OpenAI's weights on this machine; the archive, or None if open_clip's cache has them.
+
+    Raises ``OSError`` if neither OpenAI's server nor the hub of open_clip gives them.
+    """
+    try:
+        return weights_file(model) or _openai_archive(model)
+    except OSError as error:
+        try:
+            config = open_clip.get_pretrained_cfg(_hyphened(model), "openai")
+            open_clip.download_pretrained(config)
+        except Exception as second:
+            lines = str(second).strip().splitlines()
+            raise OSError(f"{error}\nThe hub: {lines[0] if lines else second!r}") from second
+        return None
+
+
+def _openai_archive(model: str) -> Path:
+    from tpt_nb.core.download import fetch
+
+    return fetch(_archive_source(model), ARCHIVES_DIR, tries=3)
+
+
+def _archive_source(model: str):
+    """Address, name and checksum, which is part of the address."""
+    from tpt_nb.core.download import Source
+
+    url = open_clip.get_pretrained_cfg(_hyphened(model), "openai")["url"]
+    return Source(url.rsplit("/")[-1], (url,), sha256=url.split("/")[-2])
+
+
+def _hyphened(model: str) -> str:
+    return model.replace("/", "-").replace("@336px", "-336")
+
+
+def _load_open_clip(name: str, architecture: str, tag: str, device) -> Clip:
+    """Through open_clip, with the activation that the pretrained tag was trained with."""
+    known = open_clip.list_pretrained_tags_by_model(architecture)
+    if tag not in known and not Path(tag).is_file():
+        raise ValueError(
+            f"{architecture} has no weights {tag!r}; known tags: {', '.join(known) or 'none'}."
+        )
+    config = open_clip.get_pretrained_cfg(architecture, tag) or {}
+    try:
+        model = open_clip.create_model(
+            architecture, pretrained=tag, force_quick_gelu=bool(config.get("quick_gelu"))
+        )
+    except (RuntimeError, OSError) as error:
+        raise RuntimeError(
+            f"could not load the weights of {name!r}: {error}. They are downloaded once; "
+            "without a network use 'mini', or pass the path of a checkpoint that you have."
+        ) from error
+    return wrap(model, name, device=device, tokenizer=open_clip.get_tokenizer(architecture))
+
+
+def _load_file(path: Path, device, name: str = "") -> Clip:
+    """A local checkpoint of the OpenAI family, or a MiniCLIP file."""
+    if path.suffix == ".safetensors":
+        from safetensors import safe_open
+
+        with safe_open(path, framework="pt") as file:
+            if "token_rows" in file.keys():  # noqa: SIM118 (not a dict)
+                return load_mini(path, device)
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    elif _is_torchscript(path):
+        with warnings.catch_warnings():  # torch advises torch.export, but OpenAI's files are these
+            warnings.simplefilter("ignore", DeprecationWarning)
+            state = torch.jit.load(path, map_location="cpu").state_dict()
+    else:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = state.get("state_dict", state)
+    state = {key.removeprefix("module."): value for key, value in state.items()}
+    for key in ("input_resolution", "context_length", "vocab_size"):
+        state.pop(key, None)
+    try:
+        model = build_model_from_openai_state_dict(dict(state), cast_dtype=None).float()
+        model.load_state_dict(state)  # again: the builder rounds float32 weights to float16
+    except (KeyError, RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"{path} is not a checkpoint of the OpenAI family ({type(error).__name__}: {error}); "
+            f"for another architecture name it, as in 'ViT-B-32@{path}'."
+        ) from error
+    return wrap(model, name or path.name, device=device)
+
+
+def _is_torchscript(path: Path) -> bool:
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(entry.endswith("constants.pkl") for entry in archive.namelist())

@@ -1,0 +1,345 @@
+"""Prompts with a learnable context, and the text features they give.
+
+A prompt is ``[SOT] ctx_1 .. ctx_M <class tokens> . [EOT]``; the context vectors ``ctx`` are what
+CoOp (Zhou et al., "Learning to Prompt for Vision-Language Models", 2022) trains and what TPT tunes
+for each test image. The text tower is causal, and that makes three savings exact: rows behind the
+end-of-text token need not be computed; the tokens before the first class token are the same for
+all classes and are computed once; classes with equally long names form one batch without padding.
+"""
+
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from functools import cached_property
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tpt_nb.models.clip import Clip, project_text, run_text_tower, text_tower
+from tpt_nb.models.coop import load_coop
+from tpt_nb.models.packed import Packed, jacobian
+from tpt_nb.models.templates import _check_names, _clean
+from tpt_nb.models.tower import LONGEST, causal_tower, has_plain_attention
+
+POSITIONS = ("end", "middle", "front")
+
+
+class Prompts:
+    """One prompt per class around a learnable context.
+
+    Args:
+        clip: the model whose tokenizer and text tower are used.
+        classnames: C names; underscores count as spaces.
+        ctx_init: words whose embeddings start the context, or None for N(0, 0.02²) vectors.
+        n_ctx: M, the number of context vectors; needed without ``ctx_init``, else checked.
+        coop: path of a CoOp checkpoint whose context is used in place of ``ctx_init``.
+        class_token_position: the class name behind the context ("end"), between its halves
+            ("middle") or before it ("front"), as in CoOp.
+        class_specific: a context of its own for each class.
+        seed: of the random start.
+
+    Attributes:
+        ctx: ``[M,d]`` (``[C,M,d]`` if class-specific) float32: the initial context; no method
+            changes it.
+        classnames, C, M: as above.
+    """
+
+    def __init__(
+        self,
+        clip: Clip,
+        classnames: list[str],
+        ctx_init: str | None = "a photo of a",
+        n_ctx: int | None = None,
+        coop: str | Path | None = None,
+        class_token_position: str = "end",
+        class_specific: bool = False,
+        seed: int = 0,
+    ) -> None:
+        if class_token_position not in POSITIONS:
+            raise ValueError(
+                f"class_token_position is {class_token_position!r}; allowed: "
+                f"{', '.join(POSITIONS)}."
+            )
+        self.clip = clip
+        self.classnames = list(classnames)
+        self.C = len(self.classnames)
+        self.class_token_position = class_token_position
+        self.class_specific = class_specific
+        names = [_clean(name) for name in self.classnames]
+        _check_names(names)
+        self._made: dict[tuple, object] = {}
+
+        self.ctx = self._initial_context(ctx_init, n_ctx, coop, seed)
+        self.M = self.ctx.shape[-2]
+        self.tokens = self._tokenize(names)  # C lists: name and rest (the period), no SOT or EOT
+        limit = text_tower(clip.model).positional_embedding.shape[0]
+        for name, (head, rest) in zip(self.classnames, self.tokens, strict=True):
+            length = 2 + self.M + len(head) + len(rest)
+            if length > limit:
+                raise ValueError(
+                    f"the prompt of class {name[:60]!r} has {length} tokens, the model takes "
+                    f"{limit}; shorten the class name or the context."
+                )
+
+    def text_features(self, ctx: Tensor | None = None, exact: str = "fast") -> Tensor:
+        """Unit-norm text features, differentiable in ``ctx``.
+
+        Args:
+            ctx: None for the initial context, ``[M,d]`` (class-specific ``[C,M,d]``), or a batch
+                of contexts ``[B,M,d]`` (``[B,C,M,d]``).
+            exact: "paper" runs all 77 tokens of each prompt through open_clip's own blocks, one
+                context after the other; "fast" gives the same features (see the module's text).
+        Returns:
+            ``[C,D]``, or ``[B,C,D]`` for a batch of contexts; the model's dtype and device.
+        """
+        weight = text_tower(self.clip.model).token_embedding.weight
+        if ctx is None and exact == "fast":
+            start = self.ctx.to(weight)[None]
+            return self.once("text features", lambda: self._fast_features(start)[0])
+        ctx = (self.ctx if ctx is None else ctx).to(weight)
+        shape = (self.C, *self.ctx.shape[-2:]) if self.class_specific else tuple(self.ctx.shape)
+        if tuple(ctx.shape[-len(shape) :]) != shape or ctx.ndim > len(shape) + 1:
+            raise ValueError(
+                f"the context has shape {list(ctx.shape)}, expected {list(shape)} or "
+                f"{['B', *shape]} for {self.C} classes."
+            )
+        batched = ctx.ndim == len(shape) + 1
+        contexts = ctx if batched else ctx.unsqueeze(0)
+        if exact == "paper":
+            features = torch.stack([self._paper_features(one) for one in contexts])
+        elif exact == "fast":
+            features = self._fast_features(contexts)
+        else:
+            raise ValueError(f"exact is {exact!r}; allowed: fast, paper.")
+        return features if batched else features[0]
+
+    # --- construction ----------------------------------------------------------------------------
+
+    def _initial_context(self, ctx_init, n_ctx, coop, seed) -> Tensor:
+        table = text_tower(self.clip.model).token_embedding.weight
+        words = _token_lists(self.clip, [_clean(ctx_init)])[0] if ctx_init else []
+        if n_ctx is not None and n_ctx < 1:
+            raise ValueError(f"n_ctx is {n_ctx}; a context has at least one vector.")
+        if not coop and words and n_ctx not in (None, len(words)):
+            raise ValueError(
+                f"ctx_init {ctx_init!r} has {len(words)} tokens but n_ctx is {n_ctx}; pass "
+                "ctx_init=None for a random start, or leave n_ctx out."
+            )
+        m = n_ctx or len(words)
+        if m == 0:
+            raise ValueError("without ctx_init the number of context vectors n_ctx is needed.")
+        if coop:
+            ctx = load_coop(coop, m, self.clip.ctx_dim, self.C if self.class_specific else None)
+            return ctx.to(table.device)
+        if words:
+            ctx = table[torch.tensor(words, device=table.device)].float()
+            return ctx.expand(self.C, -1, -1).clone() if self.class_specific else ctx.clone()
+        shape = (self.C, m, table.shape[1]) if self.class_specific else (m, table.shape[1])
+        generator = torch.Generator().manual_seed(seed)
+        return (torch.randn(shape, generator=generator) * 0.02).to(table.device)
+
+    def _tokenize(self, names: list[str]) -> list[tuple[list[int], list[int]]]:
+        """Tokens of "name." split behind the name, as CoOp does: the sentence decides."""
+        sentences = _token_lists(self.clip, [f"{name}." for name in names])
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the sentences have warned of the same tokens
+            lengths = [len(tokens) for tokens in _token_lists(self.clip, names)]
+        return [(s[:n], s[n:]) for s, n in zip(sentences, lengths, strict=True)]
+
+    # --- paper path ------------------------------------------------------------------------------
+
+    def _paper_features(self, ctx: Tensor) -> Tensor:
+        """``[M,d]`` or ``[C,M,d]`` -> ``[C,D]``, with all 77 tokens, padding included."""
+        tower = text_tower(self.clip.model)
+        length = tower.positional_embedding.shape[0]
+        rows, eot = [], []
+        for c, tokens in enumerate(self.tokens):
+            parts = self._layout(tokens, ctx[c] if self.class_specific else ctx)
+            row = torch.cat([self._embed(p) if isinstance(p, list) else p for p in parts])
+            eot.append(len(row) - 1)
+            rows.append(torch.cat([row, self._embed([0] * (length - len(row)))]))
+        x = torch.stack(rows) + tower.positional_embedding
+        return F.normalize(run_text_tower(tower, x, torch.tensor(eot)), dim=-1)
+
+    def _layout(self, tokens: tuple[list[int], list[int]], ctx: Tensor) -> list:
+        """The prompt of one class as a list of token ids (lists) and context vectors (tensors)."""
+        name, rest = tokens
+        sot, eot = self._special
+        half = self._before_name()
+        return [[sot], ctx[:half], name, ctx[half:], [*rest, eot]]
+
+    def _before_name(self) -> int:
+        """How many context vectors stand before the class name."""
+        return {"end": self.M, "middle": self.M // 2, "front": 0}[self.class_token_position]
+
+    @cached_property
+    def _special(self) -> list[int]:
+        row = self.clip.tokenizer([""])[0]
+        return [int(row[0]), int(row.max())]
+
+    def _embed(self, ids: list[int]) -> Tensor:
+        table = text_tower(self.clip.model).token_embedding.weight
+        return table[torch.tensor(ids, dtype=torch.long, device=table.device)]
+
+    @property
+    def ctx(self) -> Tensor:
+        """The initial context: ``[M,d]``, class-specific ``[C,M,d]``.
+
+        To start elsewhere assign another one (to a ``copy.copy``, if the old is still needed):
+        what was made once for the old start is then dropped. A change in place is not noticed.
+        """
+        return self._ctx
+
+    @ctx.setter
+    def ctx(self, value: Tensor) -> None:
+        kept = {k: v for k, v in self._made.items() if k[0] in ("suffixes", "packed")}
+        self._ctx, self._made = value, kept  # a dictionary of its own: copies share the old one
+
+    # --- fast path -------------------------------------------------------------------------------
+
+    def _fast_features(self, ctx: Tensor) -> Tensor:
+        """``[B,M,d]`` or ``[B,C,M,d]`` -> ``[B,C,D]``."""
+        tower = text_tower(self.clip.model)
+        if not has_plain_attention(tower):  # rare variants
+            return torch.stack([self._paper_features(one) for one in ctx])
+        return F.normalize(project_text(tower, self.rows(ctx)), dim=-1)
+
+    def rows(self, ctx: Tensor) -> Tensor:
+        """End-of-text rows behind the last layer norm, of width d; the projection makes features.
+
+        ``[B,M,d]`` (class-specific ``[B,C,M,d]``) -> ``[B,C,d]``, in the dtype of the model.
+        """
+        tower = text_tower(self.clip.model)
+        prefix, suffixes, order = self._split(ctx)
+        if torch.is_grad_enabled() and (ctx.requires_grad or tower.ln_final.weight.requires_grad):
+            return causal_tower(tower, prefix, suffixes)[:, order]
+        packed = self._packed(suffixes, order)
+        return packed(prefix) if packed else causal_tower(tower, prefix, suffixes)[:, order]
+
+    def _split(self, ctx: Tensor) -> tuple[Tensor, list[Tensor], Tensor]:
+        """The prefix ``[B,P,d]``, the suffixes in groups of equal length, and the classes' places.
+
+        Suffixes ``[B or 1,C_g,S_g,d]``; ``order [C]`` says where each class stands in the groups.
+        """
+        prefix = self._embed(self._special[:1]).expand(len(ctx), 1, -1)
+        if not self.class_specific:  # else the start token alone is common to all classes
+            prefix = torch.cat([prefix, ctx[:, : self._before_name()]], dim=1)
+        position = text_tower(self.clip.model).positional_embedding
+        prefix = prefix + position[: prefix.shape[1]]
+        if self.fixed_suffixes:
+            return prefix, *self.once("suffixes", lambda: self._suffixes(None))
+        return prefix, *self._suffixes(ctx)
+
+    def _suffixes(self, ctx: Tensor | None) -> tuple[list[Tensor], Tensor]:
+        """The suffixes and the order; ``ctx`` is None where none of it stands in a suffix."""
+        half, eot = self._before_name(), self._special[1]
+        offset = 1 + (0 if self.class_specific else half)
+        position = text_tower(self.clip.model).positional_embedding
+        groups: dict[tuple[int, int], list[int]] = {}
+        for c, (name, rest) in enumerate(self.tokens):
+            groups.setdefault((len(name), len(rest)), []).append(c)
+        suffixes = []
+        for members in groups.values():
+            name = self._embed([self.tokens[c][0] for c in members]).unsqueeze(0)
+            rest = self._embed([[*self.tokens[c][1], eot] for c in members]).unsqueeze(0)
+            parts = [name, rest]
+            if ctx is not None:
+                own = ctx[:, members] if self.class_specific else ctx.unsqueeze(1)
+                before = own[..., : half if self.class_specific else 0, :]
+                parts = [p for p in (before, name, own[..., half:, :], rest) if p.shape[2]]
+            batch = max(p.shape[0] for p in parts)  # 1 if no context stands in the suffix
+            x = torch.cat([p.expand(batch, len(members), -1, -1) for p in parts], dim=2)
+            suffixes.append(x + position[offset : offset + x.shape[2]])
+        order = torch.tensor([c for members in groups.values() for c in members]).argsort()
+        return suffixes, order.to(position.device)
+
+    @property
+    def fixed_suffixes(self) -> bool:
+        """Do all context tokens stand before the class name, and are they common to the classes?"""
+        return self.class_token_position == "end" and not self.class_specific
+
+    def _packed(self, suffixes: list[Tensor], order: Tensor) -> Packed | None:
+        """The suffixes laid out for passes without gradient; None where that does not pay."""
+        longest = max(x.shape[2] for x in suffixes)
+        if not self.fixed_suffixes or suffixes[0].is_cuda or longest > LONGEST:
+            return None
+        return self.once("packed", lambda: Packed(text_tower(self.clip.model), suffixes, order))
+
+    def once(self, what: str, make: Callable):
+        """What ``make`` gives, made once; it must depend on the prompts, their initial context and
+        the frozen model only.
+
+        While the model is trained, it is made each time.
+        """
+        weight = text_tower(self.clip.model).token_embedding.weight
+        if weight.requires_grad:  # not frozen: somebody trains it
+            return make()
+        key = (what, weight.dtype, weight.device)
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+    def jacobian(self, cache: str | Path | None = None) -> Tensor:
+        """Derivative of the end-of-text rows in the context, at the initial one.
+
+        Computed once and kept: ``[C,d,M*d]``, which is 4 (float32) x C x d x M x d bytes. The rows
+        are those behind the last layer norm, of width d; projection and normalisation follow.
+
+        Args:
+            cache: folder in which it is kept for other processes too; None: only here.
+        Raises:
+            ValueError: the class name does not stand at the end, or contexts are class-specific.
+        """
+        if not self.has_jacobian:
+            raise ValueError(
+                "the Jacobian of the text features needs one context for all classes, in front of "
+                f"the class name, and a tower of OpenAI's kind; this one has class_token_position="
+                f"{self.class_token_position!r} and class_specific={self.class_specific}."
+            )
+        return self.once("jacobian", lambda: self._read_or_make_jacobian(cache))
+
+    @property
+    def has_jacobian(self) -> bool:
+        """Can :meth:`jacobian` be asked for?"""
+        return self.fixed_suffixes and has_plain_attention(text_tower(self.clip.model))
+
+    def _read_or_make_jacobian(self, cache: str | Path | None) -> Tensor:
+        if cache is None:
+            return self._make_jacobian()
+        weight = text_tower(self.clip.model).token_embedding.weight
+        about = [self.clip.fingerprint, self.tokens, str(weight.dtype), weight.device.type]
+        key = hashlib.sha256(json.dumps(about).encode())
+        key.update(self.ctx.detach().cpu().numpy().tobytes())
+        path = Path(cache) / "jacobians" / f"{key.hexdigest()[:20]}.safetensors"
+        with suppress(OSError, SafetensorError, KeyError):  # not there, or damaged: made again
+            return load_file(path)["jacobian"].to(weight.device)
+        out = self._make_jacobian()
+        temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file({"jacobian": out.cpu()}, temporary)
+            temporary.replace(path)
+        except (OSError, SafetensorError) as error:  # a full disk: it is only a cache
+            warnings.warn(f"the Jacobian is not kept in {path.parent}: {error}", stacklevel=2)
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+        return out
+
+    def _make_jacobian(self) -> Tensor:
+        tower = text_tower(self.clip.model)
+        with torch.no_grad():
+            prefix, suffixes, order = self._split(self.ctx.to(tower.token_embedding.weight)[None])
+        with torch.enable_grad():
+            return jacobian(tower, prefix[0], suffixes, order)
+
+
+def _token_lists(clip: Clip, texts: list[str]) -> list[list[int]]:
+    """Token ids of each text without start, end and padding."""
+    return [row[1 : int(row.argmax())].tolist() for row in clip.tokenizer(texts)]

@@ -1,0 +1,89 @@
+"""CoOp: training a context on labelled images."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from tpt_nb.models.clip import Clip, text_tower
+from tpt_nb.models.prompts import Prompts
+
+
+def train_coop(
+    clip: Clip,
+    features: Tensor,
+    targets: Tensor,
+    classnames: list[str],
+    n_ctx: int | None = None,
+    ctx_init: str | None = "a photo of a",
+    epochs: int = 50,
+    lr: float = 0.002,
+    batch: int = 32,
+    seed: int = 0,
+    progress: bool = True,
+    class_token_position: str = "end",
+    class_specific: bool = False,
+) -> Tensor:
+    """Train a context with CoOp's recipe on encoded images (the image encoder is frozen).
+
+    SGD with momentum 0.9 and weight decay 5e-4; one warm-up epoch at 1e-5, then a cosine from
+    ``lr``; cross-entropy over ``exp(scale) * cos``.
+
+    Args:
+        features: ``[N,D]`` unit norm, or ``[N,A,D]`` with A augmented views of each image, of
+            which every epoch draws one.
+        targets: ``[N]`` class indices.
+        n_ctx, ctx_init, class_token_position, class_specific, seed: see :class:`Prompts`; with
+            ``n_ctx`` given and ``ctx_init=None`` the start is random.
+    Returns:
+        the context, ``[M,d]`` or ``[C,M,d]``, float32 on the CPU.
+    Raises:
+        ValueError: shapes that do not fit together.
+    """
+    features = features.unsqueeze(1) if features.ndim == 2 else features
+    if features.ndim != 3 or len(features) != len(targets) or len(features) == 0:
+        raise ValueError(
+            f"features are {list(features.shape)} and targets {list(targets.shape)}; expected "
+            "[N,D] or [N,A,D] and [N] with N > 0."
+        )
+    if int(targets.min()) < 0 or int(targets.max()) >= len(classnames):
+        raise ValueError(
+            f"targets span {int(targets.min())}..{int(targets.max())}, but there are "
+            f"{len(classnames)} class names."
+        )
+    prompts = Prompts(
+        clip,
+        classnames,
+        ctx_init,
+        n_ctx,
+        class_token_position=class_token_position,
+        class_specific=class_specific,
+        seed=seed,
+    )
+    weight = text_tower(clip.model).token_embedding.weight
+    features, targets = features.to(weight), targets.to(weight.device)
+    ctx = prompts.ctx.to(weight).clone().requires_grad_(True)
+    optimizer = torch.optim.SGD([ctx], lr=lr, momentum=0.9, weight_decay=5e-4)
+    generator = torch.Generator().manual_seed(seed)
+    n, n_views = features.shape[:2]
+    bar = tqdm(range(epochs), desc="CoOp", unit="epoch", disable=None if progress else True)
+    for epoch in bar:
+        cosine = 0.5 * lr * (1 + math.cos(math.pi * (epoch - 1) / epochs))
+        optimizer.param_groups[0]["lr"] = 1e-5 if epoch == 0 else cosine
+        order = torch.randperm(n, generator=generator)
+        view = torch.randint(n_views, (n,), generator=generator)
+        total, steps = 0.0, 0
+        for index in order.split(batch):
+            if len(index) < batch and steps:  # a short last batch is dropped, as CoOp's loader does
+                break
+            x = features[index, view[index]]
+            logits = clip.logit_scale * x @ prompts.text_features(ctx).T
+            loss = F.cross_entropy(logits, targets[index.to(targets.device)])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total, steps = total + loss.item(), steps + 1
+        bar.set_postfix(loss=f"{total / steps:.3f}")
+    return ctx.detach().float().cpu()
