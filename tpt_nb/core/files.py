@@ -1,17 +1,24 @@
-"""Writing a file whole or not at all."""
+"""Writing a file whole or not at all, and one writer per folder."""
 
+import contextlib
+import hashlib
 import json
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 
-def _write_atomically(path: Path, data: bytes) -> None:
+def write_whole(path: str | Path, data: bytes | str) -> None:
+    """Whole or not at all: to a temporary name beside it, to the disk, then renamed.
+
+    A reader never sees half a file, and two writers do not mix theirs. Text is UTF-8.
+    """
+    path = Path(path)
     temporary = path.parent / f".tmp-{os.getpid()}-{secrets.token_hex(4)}"
     try:
         with open(temporary, "xb") as file:
-            file.write(data)
+            file.write(data.encode() if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -20,8 +27,40 @@ def _write_atomically(path: Path, data: bytes) -> None:
         raise
 
 
-def _write_json(path: Path, value: Mapping) -> None:
-    """Whole or not at all: to a temporary name first."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(temporary, path)
+def write_json(path: str | Path, value: Mapping) -> None:
+    """:func:`write_whole` of a value as JSON."""
+    write_whole(path, json.dumps(value, indent=1) + "\n")
+
+
+def sha256(path: str | Path) -> str:
+    """Of a file's content, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def only_writer(folder: Path, wait: bool = True) -> Iterator[None]:
+    """Hold a folder for this process: a second one waits, and says so, or is refused.
+
+    The operating system gives the lock back when its process ends, however it ends.
+
+    Raises:
+        ValueError: another process holds it and ``wait`` is False.
+    """
+    from filelock import FileLock, Timeout
+
+    from tpt_nb.core.messages import say_once
+
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        if not wait:
+            raise ValueError(f"another process is writing to {folder}; wait for it.") from None
+        say_once(f"another process is writing to {folder}: waiting for it")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()

@@ -4,12 +4,12 @@ import os
 import platform
 from pathlib import Path
 
-import torch
 
-
-def free_memory(device: torch.device) -> int:
+def free_memory(device: "torch.device") -> int:  # noqa: F821
     """Bytes that can be had on a device; on the CPU within the limit of the container, if any."""
     if device.type == "cuda":
+        import torch
+
         return torch.cuda.mem_get_info(device)[0]
     found = []
     try:

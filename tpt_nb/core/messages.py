@@ -2,10 +2,10 @@
 
 import difflib
 import os
-import typing
+from collections.abc import Iterable
 
 
-def unknown(what: str, got: object, known: typing.Iterable[str]) -> str:
+def unknown(what: str, got: object, known: Iterable[str]) -> str:
     """Message for a name that is not among the known ones, with the closest of them."""
     known = list(known)
     lower = {name.lower(): name for name in known}
@@ -14,22 +14,25 @@ def unknown(what: str, got: object, known: typing.Iterable[str]) -> str:
     return f"unknown {what} {got!r}{hint} Known: {', '.join(known)}."
 
 
-def _bar(n: int, done: int, text: str, progress: bool):
+def bar(n: int, done: int, text: str, progress: bool = True, unit: str = "img"):
+    """A tqdm bar over ``n`` that starts at ``done``; silent under ``TQDM_DISABLE``."""
     from tqdm.auto import tqdm
 
     # in a notebook tqdm.auto gives a widget, and that one does not look at TQDM_DISABLE itself
     off = {} if progress and not os.environ.get("TQDM_DISABLE") else {"disable": True}
-    return tqdm(total=n, initial=done, desc=text, unit="img", **off)
+    return tqdm(total=n, initial=done, desc=text, unit=unit, **off)
 
 
 _said: set[str] = set()
 
 
-def _say_once(text: str) -> None:
+def say_once(text: str) -> None:
+    """Print a line, the first time that this process has it to say."""
     if text not in _said:
         _said.add(text)
-        print(text)
+        print(text, flush=True)
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says."""
     return str(error).strip().split("\n")[0]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tpt_nb import views
-from tpt_nb.core.files import _write_atomically
+from tpt_nb.core.files import write_whole
 
 FORMAT = 1  # raise it when shards change: older caches are then not used
 
@@ -121,7 +121,7 @@ def _open_folder(cache: Path, key: dict) -> Path:
                     stale.unlink()
         path = folder / "manifest.json"
         if not path.exists() or path.read_text() != text:
-            _write_atomically(path, text.encode())
+            write_whole(path, text.encode())
     except OSError as error:
         raise _explain(error, folder) from error
     return folder
@@ -132,7 +132,7 @@ def _write_shard(folder: Path | None, store: Store, chosen: list[int]) -> None:
         return
     name, data = pack_shard(store, chosen)
     try:
-        _write_atomically(folder / name, data)
+        write_whole(folder / name, data)
     except OSError as error:
         raise _explain(error, folder) from error
 

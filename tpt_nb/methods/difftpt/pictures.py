@@ -195,7 +195,7 @@ def generate(
     Raises:
         ValueError: ``n`` < 1, or what the generator raises.
     """
-    from tpt_nb.core.files import _write_atomically
+    from tpt_nb.core.files import write_whole
 
     if n < 1:
         raise ValueError(f"n is {n}; at least one variation per image.")
@@ -206,7 +206,7 @@ def generate(
     pictures.folder.mkdir(parents=True, exist_ok=True)
     about = {"key": pictures.key, "made_with": _made_with(generator)}
     text = json.dumps(about, indent=1) + "\n"
-    _write_atomically(pictures.folder / "manifest.json", text.encode())
+    write_whole(pictures.folder / "manifest.json", text.encode())
     with _bar(len(dataset.ids), len(missing), generator.spec()["generator"], progress) as bar:
         for i, image_id in enumerate(dataset.ids):
             if image_id not in missing:
@@ -225,7 +225,7 @@ def generate(
             )
             seconds += time.perf_counter() - start
             whole = torch.cat([old, fresh]) if len(old) else fresh
-            _write_atomically(pictures.folder / file_name(image_id), pack(whole, seconds))
+            write_whole(pictures.folder / file_name(image_id), pack(whole, seconds))
             bar.update()
     return pictures
 
