@@ -75,6 +75,8 @@ class Prompts:
         names = [_clean(name) for name in self.classnames]
         _check_names(names)
         self._made: dict[tuple, object] = {}
+        self.n_images: int | None = None
+        self.cache: Path | None = None
 
         self.ctx = self._initial_context(ctx_init, n_ctx, coop, seed)
         self.M = self.ctx.shape[-2]
@@ -87,6 +89,14 @@ class Prompts:
                     f"the prompt of class {name[:60]!r} has {length} tokens, the model takes "
                     f"{limit}; shorten the class name or the context."
                 )
+
+    def expect(self, n_images: int | None = None, cache: str | Path | None = None) -> None:
+        """How many images are to come in all, and a folder where a Jacobian may be kept.
+
+        The more images, the sooner a Jacobian is worth its price; no result depends on either
+        beyond rounding.
+        """
+        self.n_images, self.cache = n_images, None if cache is None else Path(cache)
 
     def text_features(self, ctx: Tensor | None = None, exact: str = "fast") -> Tensor:
         """Unit-norm text features, differentiable in ``ctx``.
