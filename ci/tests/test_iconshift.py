@@ -1,9 +1,11 @@
 """IconShift-200: the same picture everywhere, the variants, bad input."""
 
+import dataclasses
 import hashlib
 import json
 import re
 import shutil
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,8 @@ from tpt_nb import datasets
 from tpt_nb.datasets import iconshift
 
 FIVE = ("iconshift", "iconshift-v2", "iconshift-a", "iconshift-r", "iconshift-sketch")
-# "variant/candidate" -> SHA-256 of the pixels; written once by `python ci/tests/test_iconshift.py`
+# variant -> its version, and candidate -> SHA-256 of the pixels; `python ci/tests/test_iconshift.py`
+# writes it, but no other pixels under an old version
 PINNED = Path(__file__).parent / "iconshift_hashes.json"
 
 
@@ -27,9 +30,39 @@ def pinned_scenes() -> list[tuple[str, int]]:
     return [(v, i) for v in iconshift.VARIANTS for i in range(0, 1200, 97)]
 
 
-def test_scenes_are_the_same_picture_on_every_machine():
-    got = {f"{v}/{i}": digest(v, i) for v, i in pinned_scenes()}
-    assert got == json.loads(PINNED.read_text())
+def pins() -> dict[str, dict[str, str]]:
+    found = {name: {"version": v.version} for name, v in iconshift.VARIANTS.items()}
+    for variant, i in pinned_scenes():
+        found[variant][str(i)] = digest(variant, i)
+    return found
+
+
+def same_pixels_or_another_version(before: dict, now: dict) -> None:
+    for name in before:
+        same = before[name] == now.get(name)
+        if not same and before[name]["version"] == now[name]["version"]:
+            raise AssertionError(
+                f"the scenes of {name} are other pictures: give it another version in iconshift.py "
+                "and run `python ci/tests/test_iconshift.py`; what ships with it is made anew"
+            )
+
+
+def test_scenes_are_the_same_picture_on_every_machine_as_long_as_the_version_is():
+    pinned = json.loads(PINNED.read_text())
+    same_pixels_or_another_version(pinned, pins())
+    assert pins() == pinned, "run `python ci/tests/test_iconshift.py`"
+
+
+def test_another_drawing_needs_another_version(monkeypatch):
+    pinned, paint = json.loads(PINNED.read_text()), iconshift.compose
+    monkeypatch.setattr(
+        iconshift, "compose", lambda s: paint({**s, "angle": s["angle"] + s["sketch"]})
+    )
+    with pytest.raises(AssertionError, match="scenes of iconshift-sketch are other pictures"):
+        same_pixels_or_another_version(pinned, pins())
+    sketch = dataclasses.replace(iconshift.VARIANTS["iconshift-sketch"], version="another")
+    monkeypatch.setitem(iconshift.VARIANTS, "iconshift-sketch", sketch)
+    same_pixels_or_another_version(pinned, pins())
 
 
 def test_pinned_scenes_cover_every_texture_and_style():
@@ -132,14 +165,26 @@ def test_broken_file_names_itself_and_the_remedy(copied_data, file, damage):
             iconshift.scene("iconshift", i)
 
 
-def test_fingerprint_sees_the_files(copied_data):
-    before = iconshift.fingerprint("iconshift")
+def test_the_fingerprint_is_the_version_and_sees_files_of_ones_own(copied_data):
+    before = {name: v.version for name, v in iconshift.VARIANTS.items()}
+    assert {name: iconshift.fingerprint(name) for name in before} == before
     sheet = Image.open(copied_data / "noto.png").convert("RGBA")
     sheet.putpixel((5, 5), (1, 2, 3, 255))
     sheet.save(copied_data / "noto.png")
-    assert iconshift.fingerprint("iconshift") != before
+    others = {iconshift.fingerprint(name) for name in before}
+    assert len(others) == len(before) and not others & set(before.values())
+
+
+def test_the_shipped_pictures_are_of_the_present_version():
+    shipped = list((iconshift.DATA / "diffusion" / "pictures").glob("*.zip"))
+    for path in shipped:
+        with zipfile.ZipFile(path) as archive:
+            about = json.loads(archive.read("manifest.json"))["key"]["dataset"]
+        assert about["fingerprint"] == iconshift.fingerprint(about["name"])
+    assert shipped
 
 
 if __name__ == "__main__":
-    hashes = {f"{v}/{i}": digest(v, i) for v, i in pinned_scenes()}
-    PINNED.write_text(json.dumps(hashes, indent=0) + "\n")
+    if PINNED.exists():
+        same_pixels_or_another_version(json.loads(PINNED.read_text()), pins())
+    PINNED.write_text(json.dumps(pins(), indent=0) + "\n")
