@@ -1,22 +1,25 @@
 """MTA: the mode of the views."""
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tpt_nb.losses import entropy
-from tpt_nb.methods.method import Adapted, _back, _initial_logits
+from tpt_nb.methods.method import Adapted, Method, at_least, back, initial_logits, option, positive
 from tpt_nb.models import Prompts, TemplatePrompts
 
 
+@dataclass(frozen=True)
+class Options:
+    lambda_q: float = option(4.0, "weight of the views' agreement")
+    lambda_y: float = positive(0.2, "temperature of the inlierness")
+    iterations: int = at_least(1, 5, "turns of the two updates")
+
+
 @torch.no_grad()
-def mta(
-    features: Tensor,
-    prompts: Prompts | TemplatePrompts,
-    lambda_q: float = 4.0,
-    lambda_y: float = 0.2,
-    iterations: int = 5,
-) -> Adapted:
+def mta(features: Tensor, prompts: Prompts | TemplatePrompts, options: Options) -> Adapted:
     """MTA: Zanella and Ben Ayed, "On the Test-Time Zero-Shot Generalization of VLMs", 2024.
 
     A robust mean shift over the views' features: the mode m and the inlierness y of the views are
@@ -28,7 +31,7 @@ def mta(
 
     ``loss`` is the entropy of the prediction at the mode; every view is used.
     """
-    logits = _initial_logits(features, prompts)
+    logits = initial_logits(features, prompts)
     x = features.to(logits)  # [B,V,D]
     b, v = x.shape[:2]
     squared = torch.cdist(x, x).square()
@@ -46,18 +49,18 @@ def mta(
         return F.normalize((weights[:, None] @ x)[:, 0], dim=-1)
 
     y, mode = x.new_full((b, v), 1 / v), x[:, 0]
-    for _ in range(iterations):
+    for _ in range(options.iterations):
         density = log_kernel(mode).exp()
         y = _settle(
             y,
             lambda y, d=density: (
-                (d + lambda_q * (affinity @ y[..., None])[..., 0]) / lambda_y
+                (d + options.lambda_q * (affinity @ y[..., None])[..., 0]) / options.lambda_y
             ).softmax(-1),
         )
         mode = _settle(mode, lambda m, y=y: mean_shift(m, y))
     out = prompts.clip.logit_scale.to(x) * mode @ prompts.text_features().T
     mask = torch.ones(b, v, dtype=torch.bool)
-    return Adapted(*_back(features, out, logits[:, 0], entropy(out), mask))
+    return Adapted(*back(features, out, logits[:, 0], entropy(out), mask))
 
 
 def _settle(value: Tensor, update, times: int = 5, small: float = 1e-6) -> Tensor:
@@ -70,3 +73,6 @@ def _settle(value: Tensor, update, times: int = 5, small: float = 1e-6) -> Tenso
         if not moving.any():
             break
     return value
+
+
+METHOD = Method(mta, Options, paper="MTA, 2024")

@@ -1,22 +1,32 @@
 """Online methods: what they learn from one image they keep for the next. Reported apart.
 
 Same signature as the episodic ones, but a call is a *stream*: the B images are taken one after the
-other, in an order that ``seed`` draws, and the prediction for an image depends on those before it.
-So all images must come in one call, and a result is the mean over several orders. A function
-with the attribute ``online`` is run that way by ``experiment``.
+other, in an order that the option ``order`` draws, and the prediction for an image depends on
+those before it. So all images must come in one call (``kind="online"``), and a result is the mean
+over several orders.
 
 Published settings differ from data set to data set, chosen nobody knows how; here one setting, the
 published one for ImageNet and ImageNet-A, serves all of them, and every method sees the same views.
 """
 
 import math
-from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from tpt_nb.losses import entropy, marginal_entropy, select_confident
-from tpt_nb.methods.method import Adapted, _as_mask, _back, _initial_logits, _take
+from tpt_nb.methods.method import (
+    Adapted,
+    Method,
+    as_mask,
+    at_least,
+    back,
+    initial_logits,
+    option,
+    rho,
+    take,
+)
 from tpt_nb.models import Prompts, TemplatePrompts
 
 
@@ -45,19 +55,25 @@ class Cache:
         return affinity.masked_fill(self.entropy.isinf(), 0)
 
 
+@dataclass(frozen=True)
+class Options:
+    rho: float = rho()
+    positive_alpha: float = option(2.0, "weight of the positive cache")
+    positive_beta: float = option(5.0, "sharpness of the positive cache")
+    capacity: int = at_least(1, 3, "entries per class of the positive cache")
+    negative_alpha: float = option(0.117, "weight of the negative cache")
+    negative_beta: float = option(1.0, "sharpness of the negative cache")
+    negative_capacity: int = at_least(1, 2, "entries per class of the negative cache")
+    order: int = option(0, "seed of the order of the stream")
+
+
+@dataclass(frozen=True)
+class BoostOptions(Options):
+    boost: int = at_least(0, 3, "entries per class for the image's own views")
+
+
 @torch.no_grad()
-def tda(
-    features: Tensor,
-    prompts: Prompts | TemplatePrompts,
-    rho: float = 0.1,
-    positive_alpha: float = 2.0,
-    positive_beta: float = 5.0,
-    capacity: int = 3,
-    negative_alpha: float = 0.117,
-    negative_beta: float = 1.0,
-    negative_capacity: int = 2,
-    seed: int = 0,
-) -> Adapted:
+def tda(features: Tensor, prompts: Prompts | TemplatePrompts, options: Options) -> Adapted:
     """TDA: Karmanov et al., "Efficient Test-Time Adaptation of Vision-Language Models", 2024.
 
     The confident views of an image give its base: mean logits, mean feature (not normalised again),
@@ -70,25 +86,12 @@ def tda(
 
     ``loss`` is the marginal entropy of the base.
     """
-    return _stream(
-        features, prompts, rho, positive_alpha, positive_beta, capacity, 0,
-        negative_alpha, negative_beta, negative_capacity, seed,
-    )  # fmt: skip
+    return _stream(features, prompts, options, boost=0)
 
 
 @torch.no_grad()
 def boostadapter(
-    features: Tensor,
-    prompts: Prompts | TemplatePrompts,
-    rho: float = 0.1,
-    positive_alpha: float = 2.0,
-    positive_beta: float = 5.0,
-    capacity: int = 3,
-    boost: int = 3,
-    negative_alpha: float = 0.117,
-    negative_beta: float = 1.0,
-    negative_capacity: int = 2,
-    seed: int = 0,
+    features: Tensor, prompts: Prompts | TemplatePrompts, options: BoostOptions
 ) -> Adapted:
     """BoostAdapter: Zhang et al., "BoostAdapter: Improving Vision-Language Test-Time Adaptation via
     Regional Bootstrapping", 2024.
@@ -98,26 +101,15 @@ def boostadapter(
     published code the negative cache keeps the latest entries (an argument lands in the wrong
     place); here it keeps the most certain ones, as TDA's.
     """
-    return _stream(
-        features, prompts, rho, positive_alpha, positive_beta, capacity, boost,
-        negative_alpha, negative_beta, negative_capacity, seed,
-    )  # fmt: skip
+    return _stream(features, prompts, options, options.boost)
 
 
-def _stream(
-    features, prompts, rho, positive_alpha, positive_beta, capacity, boost,
-    negative_alpha, negative_beta, negative_capacity, seed,
-) -> Adapted:  # fmt: skip
-    if capacity < 1 or negative_capacity < 1:
-        raise ValueError(
-            f"a cache holds at least one entry per class; got capacity={capacity}, "
-            f"negative_capacity={negative_capacity}."
-        )
-    logits = _initial_logits(features, prompts)
+def _stream(features: Tensor, prompts, options: Options, boost: int) -> Adapted:
+    logits = initial_logits(features, prompts)
     x = features.to(logits)
     b, _, c = logits.shape
-    chosen = select_confident(logits, rho)
-    kept, keys = _take(logits, chosen), _take(x, chosen)  # [B,k,C], [B,k,D]
+    chosen = select_confident(logits, options.rho)
+    kept, keys = take(logits, chosen), take(x, chosen)  # [B,k,C], [B,k,D]
     base, feature = kept.mean(1), keys.mean(1)
     loss = torch.vmap(lambda z: marginal_entropy(z, 1.0))(kept)
     mean_prob, view_entropy = kept.softmax(-1).mean(1), entropy(kept)
@@ -125,10 +117,10 @@ def _stream(
     medium = (share > 0.2) & (share < 0.5)
     predicted, view_class = base.argmax(-1).tolist(), kept.argmax(-1)
 
-    positive = Cache(c, capacity, x)
-    negative = Cache(c, negative_capacity, x, values=True)
+    positive = Cache(c, options.capacity, x)
+    negative = Cache(c, options.negative_capacity, x, values=True)
     after = base.clone()
-    order = torch.randperm(b, generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(b, generator=torch.Generator().manual_seed(options.order))
     for i in order.tolist():
         query = feature[i]
         positive.insert(predicted[i], query, loss[i])
@@ -136,15 +128,15 @@ def _stream(
             value = ((mean_prob[i] > 0.03) & (mean_prob[i] < 1.0)).to(x)
             negative.insert(predicted[i], query, loss[i], value)
         if boost:
-            after[i] += positive_alpha * _boosted(
-                positive, boost, keys[i], view_class[i], view_entropy[i], query, positive_beta
-            )
+            own = keys[i], view_class[i], view_entropy[i]
+            read = _boosted(positive, boost, *own, query, options.positive_beta)
+            after[i] += options.positive_alpha * read
         else:
-            after[i] += positive_alpha * positive.read(query, positive_beta).sum(1)
-        weights = negative.read(query, negative_beta)
-        after[i] -= negative_alpha * torch.einsum("ck,ckn->n", weights, negative.values)
-    mask = _as_mask(chosen, features)
-    return Adapted(*_back(features, after, logits[:, 0], loss, mask))
+            after[i] += options.positive_alpha * positive.read(query, options.positive_beta).sum(1)
+        weights = negative.read(query, options.negative_beta)
+        after[i] -= options.negative_alpha * torch.einsum("ck,ckn->n", weights, negative.values)
+    mask = as_mask(chosen, features)
+    return Adapted(*back(features, after, logits[:, 0], loss, mask))
 
 
 def _boosted(cache: Cache, boost: int, keys, classes, entropies, query, beta: float) -> Tensor:
@@ -161,4 +153,5 @@ def _boosted(cache: Cache, boost: int, keys, classes, entropies, query, beta: fl
     return read
 
 
-ONLINE: dict[str, Callable[..., Adapted]] = {"tda": tda, "boostadapter": boostadapter}
+TDA = Method(tda, Options, kind="online", paper="TDA, 2024")
+BOOSTADAPTER = Method(boostadapter, BoostOptions, kind="online", paper="BoostAdapter, 2024")

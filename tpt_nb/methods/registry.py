@@ -1,32 +1,60 @@
-"""The table of the methods."""
+"""The table of the methods: one line each. :func:`register` adds one for this process."""
 
-import functools
+from tpt_nb.core.messages import unknown
+from tpt_nb.methods import mta, online, tps, tpt, tpt_variants, tune_encoder, votes, zero_shot
+from tpt_nb.methods.caption_prompts import adapt as caption_prompts
+from tpt_nb.methods.difftpt import adapt as difftpt
+from tpt_nb.methods.method import Method
+from tpt_nb.methods.ra_tta import adapt as ra_tta
 
-from tpt_nb.methods.caption_prompts import adapt as _captions
-from tpt_nb.methods.difftpt import adapt as _diffusion
-from tpt_nb.methods.mta import mta
-from tpt_nb.methods.online import boostadapter, tda
-from tpt_nb.methods.ra_tta import adapt as _retrieval
-from tpt_nb.methods.tps import tps
-from tpt_nb.methods.tpt import tpt
-from tpt_nb.methods.tpt_variants import ctpt, rtpt, tpt_confident
-from tpt_nb.methods.tune_encoder import bind, tune_encoder
-from tpt_nb.methods.votes import contrast_vote, vote, zero, zero_fp16
-from tpt_nb.methods.zero_shot import confident_view, zero_shot
+METHODS: dict[str, Method] = {
+    "zero_shot": zero_shot.ZERO_SHOT,
+    "confident_view": zero_shot.CONFIDENT_VIEW,
+    "tpt": tpt.METHOD,
+    "vote": votes.VOTE,
+    "zero": votes.ZERO,
+    "zero_fp16": votes.ZERO_FP16,
+    "mta": mta.METHOD,
+    "tps": tps.METHOD,
+    "tpt_confident": tpt_variants.TPT_CONFIDENT,
+    "rtpt": tpt_variants.RTPT,
+    "ctpt": tpt_variants.CTPT,
+    "contrast_vote": votes.CONTRAST_VOTE,
+    "tda": online.TDA,
+    "boostadapter": online.BOOSTADAPTER,
+    "tune_encoder": tune_encoder.METHOD,
+}
+for _name, _module, _what in (  # TODO until they describe themselves
+    ("caption_prompts", caption_prompts, "METHOD"),
+    ("ra_tta", ra_tta, "METHOD"),
+    ("difftpt", difftpt, "METHOD"),
+    ("difftpt_vote", difftpt, "VOTE"),
+):
+    if hasattr(_module, _what):
+        METHODS[_name] = getattr(_module, _what)
 
-METHODS = {
-    f.__name__: f
-    for f in (
-        zero_shot, confident_view, tpt, vote, zero, zero_fp16, mta, tps, tpt_confident, rtpt, ctpt,
-        contrast_vote, tda, boostadapter, tune_encoder, _captions.caption_prompts,
-        _retrieval.ra_tta, _diffusion.difftpt, _diffusion.difftpt_code, _diffusion.difftpt_paper,
-        _diffusion.difftpt_vote,
-    )
-}  # fmt: skip
-tda.online = boostadapter.online = True
-tune_encoder.bind = bind
-_captions.caption_prompts.bind = _captions.bind
-_retrieval.ra_tta.bind = _retrieval.bind
-for _name in _diffusion.NAMES:
-    METHODS[_name].bind = functools.partial(_diffusion.bind, METHODS[_name])
-    METHODS[_name].check = _diffusion.check_pictures
+
+def names() -> list[str]:
+    """The methods, in the order of the table."""
+    return list(METHODS)
+
+
+def get(name: str) -> Method:
+    """A method by its name; ``ValueError`` names the closest known one."""
+    if name not in METHODS:
+        raise ValueError(unknown("method", name, METHODS))
+    return METHODS[name]
+
+
+def register(name: str, method: Method) -> None:
+    """Add a method for this process: command line, sweep, planner and leaderboard then know it."""
+    METHODS[name] = method
+
+
+def translate(name: str) -> tuple[str, dict]:
+    """The present name of a method, and the options that an older name stood for."""
+    for present, method in METHODS.items():
+        if name in method.aliases:
+            return present, dict(method.aliases[name])
+    get(name)
+    return name, {}

@@ -8,26 +8,42 @@ starts from the same cached features as the others to choose the views, and make
 again, from the same seed.
 """
 
-import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from tpt_nb.core.images import as_rgb, view_seed
 from tpt_nb.losses import marginal_entropy, select_confident
-from tpt_nb.methods.method import Adapted, _as_mask, _back, _initial_logits, _weight
-from tpt_nb.methods.tuning import OPTIMIZERS, _check_tpt
-from tpt_nb.models import Clip, Prompts
+from tpt_nb.methods.method import (
+    Adapted,
+    Method,
+    Prepared,
+    Setting,
+    as_mask,
+    back,
+    initial_logits,
+    option,
+    weight_of,
+)
+from tpt_nb.methods.tuning import OPTIMIZERS, TuningOptions, check_tuning, resolve
+from tpt_nb.models import Prompts
+
+
+@dataclass(frozen=True)
+class Options(TuningOptions):
+    encoder_lr: float = option(
+        5e-6, "step of the image tower", holds=lambda x: x >= 0, allowed="0 or more"
+    )
 
 
 def tune_encoder(
     features: Tensor,
     prompts: Prompts,
+    options: Options,
     pixels: Callable[[str], Tensor] | None = None,
     ids: Sequence[str] = (),
-    rho: float = 0.1,
-    lr: float = 5e-3,
-    encoder_lr: float = 5e-6,
 ) -> Adapted:
     """One AdamW step on the context *and* on the image tower, per image; both are reset after it.
 
@@ -38,21 +54,18 @@ def tune_encoder(
         features: ``[B,V,D]`` of the frozen tower, view 0 first: they choose the views.
         pixels: image id -> its views, uint8 ``[V,3,S,S]``, the same that were encoded.
         ids: of the B images.
-        lr: of the context; encoder_lr: of the image tower (the project's 5e-6).
     Raises:
         ValueError: no pixels; parameters out of range; pixels that are not those of the features.
     """
-    _check_tpt(features, prompts, rho, lr, 1, "adamw", None)
+    lr, rho = check_tuning(features, prompts, options), options.rho
     if pixels is None or len(ids) != len(features):
         raise ValueError(
             f"tune_encoder needs the pixels of the views: pixels=(image id -> uint8 [V,3,S,S]) and "
             f"an id for each of the {len(features)} images; got pixels={pixels}, {len(ids)} ids."
         )
-    if not encoder_lr >= 0:
-        raise ValueError(f"encoder_lr must be at least 0, got {encoder_lr}.")
-    logits = _initial_logits(features, prompts)
+    logits = initial_logits(features, prompts)
     chosen = torch.vmap(lambda z: select_confident(z, rho))(logits)
-    model, x0 = prompts.clip, features.to(_weight(prompts))
+    model, x0 = prompts.clip, features.to(weight_of(prompts))
     weights = list(model.model.visual.parameters())
     kept = [(w.detach().clone(), w.requires_grad) for w in weights]
     after, losses, contexts = [], [], []
@@ -69,7 +82,7 @@ def tune_encoder(
                 w.data.copy_(value)
                 w.requires_grad_(True)
                 w.grad = None
-            groups = [{"params": [ctx], "lr": lr}, {"params": weights, "lr": encoder_lr}]
+            groups = [{"params": [ctx], "lr": lr}, {"params": weights, "lr": options.encoder_lr}]
             step = OPTIMIZERS["adamw"](groups)
             # encode_views with gradients, for the confident views: the loss sees no others
             some = model._encode_pass(views[chosen[i].cpu()])
@@ -88,8 +101,8 @@ def tune_encoder(
             w.data.copy_(value)
             w.requires_grad_(needed)
             w.grad = None
-    parts = (torch.stack(after), logits[:, 0], torch.stack(losses), _as_mask(chosen, features))
-    return Adapted(*_back(features, *parts, torch.stack(contexts)))
+    parts = (torch.stack(after), logits[:, 0], torch.stack(losses), as_mask(chosen, features))
+    return Adapted(*back(features, *parts, torch.stack(contexts)))
 
 
 def _check_same(name: str, now: Tensor, cached: Tensor) -> None:
@@ -102,16 +115,22 @@ def _check_same(name: str, now: Tensor, cached: Tensor) -> None:
         )
 
 
-def bind(config, clip: Clip, dataset) -> Callable:
-    """``tune_encoder`` that makes the views of a (filled-in) run configuration again."""
-    from tpt_nb.core.images import as_rgb, view_seed
-    from tpt_nb.runs import augmenter_of
-
-    position = {name: k for k, name in enumerate(dataset.ids)}
-    augmenter = augmenter_of(config, clip.image_size)
+def prepare(options: Options, setting: Setting) -> Prepared:
+    """Makes the views of the run again, image by image."""
+    position = {name: k for k, name in enumerate(setting.dataset.ids)}
 
     def pixels(name: str) -> Tensor:
-        image = as_rgb(dataset[position[name]][0])
-        return augmenter(image, view_seed(config.seed, name))
+        image = as_rgb(setting.dataset[position[name]][0])
+        return setting.augmenter(image, view_seed(setting.seed, name))
 
-    return functools.partial(tune_encoder, pixels=pixels)
+    return Prepared(lambda x, prompts, ids: tune_encoder(x, prompts, options, pixels, ids))
+
+
+METHOD = Method(
+    tune_encoder,
+    Options,
+    tunes="encoder",
+    needs="the pixels of the views",
+    prepare=prepare,
+    resolve=resolve,
+)

@@ -1,6 +1,4 @@
-"""The methods: features of the views of images, and prompts, to logits. One signature, batched.
-
-``method(features [B,V,D], prompts, **params) -> Adapted``. View 0 is the un-augmented image.
+"""Prompt tuning, fast: what all methods that tune the context share.
 
 Test-time prompt tuning (Shu et al., "Test-Time Prompt Tuning for Zero-Shot Generalization in
 Vision-Language Models", 2022) takes one optimiser step on the context per image and starts from
@@ -13,39 +11,137 @@ not even that: it takes the tuned text features from the same Jacobian, to first
 approximation.
 """
 
+import dataclasses
 import inspect
+import json
+import math
 from collections.abc import Callable
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tpt_nb.core.machine import free_memory
-from tpt_nb.losses import Loss, check_rho, get_loss, select_confident
-from tpt_nb.methods.method import Adapted, _as_mask, _back, _check_features, _weight
+from tpt_nb.core.paths import DATA
+from tpt_nb.losses import LOSSES, Loss, get_loss, select_confident
+from tpt_nb.methods.method import (
+    Adapted,
+    Prepared,
+    Setting,
+    as_mask,
+    back,
+    check_features,
+    fraction,
+    option,
+    positive,
+    rho,
+    weight_of,
+)
 from tpt_nb.models import Prompts, project_text, text_tower
 
 OPTIMIZERS = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
-
-
-EXACT = ("fast", "paper", "tangent")
-
-
 WORTH = 1.5  # the Jacobian costs about as much as this many gradients per row, d rows per class
+LR = 5e-3  # TPT's
 
 
-class _Start:
+@dataclass(frozen=True)
+class TuningOptions:
+    """What every method that tunes the context has."""
+
+    rho: float = rho()
+    lr: float | None = positive(
+        None,
+        "step of the context; default: 0.005, for mini that of its model card",
+        flat="learning_rate",
+        shared=True,
+    )
+
+
+@dataclass(frozen=True)
+class LossOptions(TuningOptions):
+    """The same, for any loss: a name in the table of losses, or a function like those."""
+
+    loss: str | Callable = option(
+        "marginal_entropy",
+        "what the context is tuned for",
+        shared=True,
+        choices=lambda: list(LOSSES),
+        aliases={"defaultTPT": "marginal_entropy"},
+    )
+    rho_patch: float = fraction(
+        0.9, "fraction kept within each patch, in (0, 1]", flat="selection_p_patch", shared=True
+    )
+    alpha: float = option(
+        1.0,
+        "alpha of the loss patch_loss6",
+        flat="alpha_exponential_weightening",
+        shared=True,
+        holds=math.isfinite,
+        allowed="a finite number",
+    )
+
+
+def loss_of(options: LossOptions, groups: tuple[int, int] | None = None, overlap: float = 0.0):
+    """The loss as ``loss(logits, rho, selected)`` with ``.select``, for views in these groups."""
+    if callable(options.loss):
+        return _with_selection(options.loss)
+    more = {"rho_patch": options.rho_patch, "alpha": options.alpha, "overlap": overlap}
+    more = more if groups else {}
+    return _with_selection(get_loss(options.loss, groups=groups, **more))
+
+
+def resolve(options: TuningOptions, config) -> TuningOptions:
+    """The learning rate of the model; ``ValueError`` if there is no context, or no such loss."""
+    if config.templates:
+        raise ValueError(
+            f"templates={config.templates!r} is an ensemble of sentences, which has no context for "
+            f"method {config.method!r} to tune; use zero_shot or confident_view, or no templates."
+        )
+    if isinstance(options, LossOptions):
+        loss = loss_of(options, config.groups, config.overlap)
+        loss.select(torch.zeros(math.prod(config.groups), 1), options.rho)
+    if options.lr is None:
+        options = dataclasses.replace(options, lr=usual_learning_rate(config.model))
+    return options
+
+
+def prepare_loss(adapt: Callable) -> Callable[..., Prepared]:
+    """The ``prepare`` of a method with :class:`LossOptions`: its loss, for views as they lie."""
+
+    def prepare(options: LossOptions, setting: Setting) -> Prepared:
+        loss = loss_of(options, setting.augmenter.groups, setting.config.overlap)
+        made = dataclasses.replace(options, loss=loss)
+        return Prepared(lambda features, prompts, ids: adapt(features, prompts, made))
+
+    return prepare
+
+
+def usual_learning_rate(model: str) -> float:
+    """TPT's 5e-3; for the embedded model the value chosen on its development data."""
+    if model != "mini":
+        return LR
+    path = DATA / "miniclip" / "config.json"
+    try:
+        return float(json.loads(path.read_text())["tpt_lr"])
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"no learning rate for the model mini: {path} should hold the key 'tpt_lr' "
+            f"({type(error).__name__}); restore it with `git checkout`, or give learning_rate."
+        ) from None
+
+
+class Start:
     """The text features of the initial context, and how to take gradients back to it.
 
     ``text`` is ``[C,D]``. By matrix: rows of the text tower, of width d, and the Jacobian
     ``[C*d,M*d]`` of these rows; gradients are one product with it. Else: the graph of one pass.
     """
 
-    def __init__(self, prompts: Prompts, by_matrix: bool, cache: str | Path | None = None) -> None:
-        self.ctx = prompts.ctx.to(_weight(prompts)).clone()
+    def __init__(self, prompts: Prompts, by_matrix: bool) -> None:
+        self.ctx = prompts.ctx.to(weight_of(prompts)).clone()
         self.tower = text_tower(prompts.clip.model)
-        self.jacobian = prompts.jacobian(cache).flatten(0, 1) if by_matrix else None
+        self.jacobian = prompts.jacobian(prompts.cache).flatten(0, 1) if by_matrix else None
         if by_matrix:
             self.rows, self.norm, self.text = prompts.once("start", lambda: self._at_start(prompts))
         else:
@@ -101,7 +197,16 @@ class _Start:
         return F.normalize(project_text(self.tower, rows), dim=-1)
 
 
-def _first_step(ctx: Tensor, gradient: Tensor, lr: float, optimizer: str) -> Tensor:
+def mixed_precision(x: Tensor) -> bool:
+    """Mixed precision for the tuned text features: on a GPU, as the paper's code does.
+
+    The gradient stays in float32: it is computed once per image at little cost, and the sign step
+    would turn its rounding noise into steps.
+    """
+    return x.is_cuda and x.dtype == torch.float32
+
+
+def first_step(ctx: Tensor, gradient: Tensor, lr: float, optimizer: str) -> Tensor:
     """The first step of a fresh optimiser, in closed form: ``[M,d]``, ``[b,M,d]`` -> ``[b,M,d]``.
 
     With empty state the bias-corrected moments of AdamW are g and g*g, and its step is
@@ -129,24 +234,25 @@ def _with_selection(loss: Loss) -> Loss:
     return call
 
 
-def _worth_a_jacobian(prompts: Prompts, n_images: int) -> bool:
-    """Is the Jacobian as a matrix cheaper than a gradient per image, and does it fit?
+def worth_a_jacobian(prompts: Prompts, n: int) -> bool:
+    """Is the Jacobian as a matrix cheaper than a gradient for each of n images, and does it fit?
 
-    A quarter of the free memory: the matrix is made in parts, but there are other things to hold.
+    ``prompts.expect`` says how many there are if these are some of them. It may take a quarter of
+    the free memory: the matrix is made in parts, but there are other things to hold.
     """
-    if not prompts.has_jacobian or n_images < WORTH * prompts.clip.ctx_dim:
+    if not prompts.has_jacobian or (prompts.n_images or n) < WORTH * prompts.clip.ctx_dim:
         return False
-    weight = _weight(prompts)
+    weight = weight_of(prompts)
     size = prompts.C * prompts.M * prompts.clip.ctx_dim**2 * weight.element_size()
     return size <= free_memory(weight.device) / 4
 
 
-def _images_per_pass(prompts: Prompts, steps: int) -> int:
+def images_per_pass(prompts: Prompts, steps: int) -> int:
     """So many images that the widest activation would stay small: of a few MB (CPU), or of 1 GB.
 
     On a CPU what is larger leaves the cache, and is fetched from the system anew, page by page.
     """
-    weight = _weight(prompts)
+    weight = weight_of(prompts)
     tokens = sum(len(name) + len(rest) + 1 for name, rest in prompts.tokens)
     if not prompts.fixed_suffixes:
         tokens += prompts.C * prompts.M
@@ -157,43 +263,34 @@ def _images_per_pass(prompts: Prompts, steps: int) -> int:
     return max(1, budget // widest)
 
 
-def _check_tpt(features, prompts, rho, lr, steps, optimizer, batch) -> None:
-    _check_features(features, prompts)
+def check_tuning(features: Tensor, prompts: Prompts, options: TuningOptions) -> float:
+    """The learning rate; ``ValueError`` for wrong features and prompts without a context."""
+    check_features(features, prompts)
     if prompts.ctx is None:
         raise ValueError("TPT tunes a context and a template ensemble has none; use Prompts.")
-    if optimizer not in OPTIMIZERS:
-        raise ValueError(f"unknown optimizer {optimizer!r}; known: {', '.join(OPTIMIZERS)}.")
-    check_rho(rho)
-    if not lr > 0 or steps < 1 or (batch is not None and batch < 1):
-        raise ValueError(
-            f"lr must be > 0, steps and batch at least 1; got lr={lr}, steps={steps}, "
-            f"batch={batch}."
-        )
+    return LR if options.lr is None else options.lr
 
 
-def _one_step(
+def one_step(
     features: Tensor,
     prompts: Prompts,
-    loss: str | Loss,
-    rho: float,
-    lr: float,
+    options: TuningOptions,
+    loss: Loss,
     predict: Callable[[Tensor, Tensor, Tensor], Tensor],
     of_text: Callable[[Tensor], Tensor] | None = None,
-    n_images: int | None = None,
 ) -> Adapted:
     """TPT's first step, with another prediction: the text tower runs once per image.
 
     Args:
-        loss: of the logits of an image's views, as in :func:`tpt`.
+        loss: ``loss(logits, rho, selected)`` with ``.select``, of the logits of an image's views.
         predict: views [b,V,D], text features of each image's tuned context [b,C,D] and the chosen
             views [b,k] to logits [b,C].
         of_text: a second term of the loss, of the text features [C,D] alone: the same for all
             images.
     """
-    _check_tpt(features, prompts, rho, lr, 1, "adamw", None)
-    loss_fn = _with_selection(get_loss(loss) if isinstance(loss, str) else loss)
-    start = _Start(prompts, _worth_a_jacobian(prompts, n_images or len(features)))
-    weight = _weight(prompts)
+    lr, rho_ = check_tuning(features, prompts, options), options.rho
+    start = Start(prompts, worth_a_jacobian(prompts, len(features)))
+    weight = weight_of(prompts)
     scale = prompts.clip.logit_scale.to(weight)
     extra, g_extra = torch.zeros_like(scale), 0.0
     if of_text:
@@ -201,15 +298,15 @@ def _one_step(
         extra = of_text(prompts.text_features(leaf))
         (g_extra,) = torch.autograd.grad(extra, leaf)
     outs: list[tuple[Tensor, ...]] = []
-    for x in features.to(weight).split(_images_per_pass(prompts, 1)):
+    for x in features.to(weight).split(images_per_pass(prompts, 1)):
         logits = (scale * x @ start.text.T).requires_grad_(True)
-        chosen = torch.vmap(lambda z: loss_fn.select(z, rho))(logits.detach())
-        each = torch.vmap(lambda z, i: loss_fn(z, rho, i))(logits, chosen)
+        chosen = torch.vmap(lambda z: loss.select(z, rho_))(logits.detach())
+        each = torch.vmap(lambda z, i: loss(z, rho_, i))(logits, chosen)
         (g_logits,) = torch.autograd.grad(each.sum(), logits)
         g_ctx = start.pull_back(g_logits, logits.detach(), x, scale) + g_extra
-        ctx = _first_step(start.ctx.detach(), g_ctx, lr, "adamw").detach()
+        ctx = first_step(start.ctx.detach(), g_ctx, lr, "adamw").detach()
         with torch.no_grad():
             after = predict(x, prompts.text_features(ctx).to(x.dtype), chosen)
         value = (each + extra).detach()
-        outs.append((after, logits[:, 0].detach(), value, _as_mask(chosen, x), ctx))
-    return Adapted(*_back(features, *(torch.cat(t) for t in zip(*outs, strict=True))))
+        outs.append((after, logits[:, 0].detach(), value, as_mask(chosen, x), ctx))
+    return Adapted(*back(features, *(torch.cat(t) for t in zip(*outs, strict=True))))

@@ -1,5 +1,7 @@
 """Votes of the views: vote, ZERO, and our own."""
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -7,34 +9,57 @@ from torch import Tensor
 from tpt_nb.losses import entropy, select_confident
 from tpt_nb.methods.method import (
     Adapted,
-    _as_mask,
-    _back,
-    _check_features,
-    _initial_logits,
-    _take,
-    _weight,
+    Method,
+    as_mask,
+    back,
+    check_features,
+    initial_logits,
+    option,
+    positive,
+    rho,
+    take,
+    weight_of,
 )
 from tpt_nb.models import Prompts, TemplatePrompts
 
 TIE = 1e-3  # weight of the mean probability beside whole votes: it decides between equal counts
 
 
+@dataclass(frozen=True)
+class Options:
+    rho: float = rho()
+
+
+@dataclass(frozen=True)
+class ZeroOptions:
+    rho: float = rho(0.3)
+
+
+@dataclass(frozen=True)
+class ContrastOptions:
+    contrast: float = option(0.4, "share of the views' mean logits that is taken off each view's")
+    temperature: float = positive(2.0, "softens the predictions")
+    image: float = option(
+        2.0, "votes of the whole image", holds=lambda x: x >= 0, allowed="0 or more"
+    )
+
+
 @torch.no_grad()
-def vote(features: Tensor, prompts: Prompts | TemplatePrompts, rho: float = 0.1) -> Adapted:
+def vote(features: Tensor, prompts: Prompts | TemplatePrompts, options: Options) -> Adapted:
     """The class that most of the confident views predict; ties go to the more probable class.
 
     ``logits`` are the logarithms of the shares of the votes (a class without votes keeps a trace of
     its mean probability), so that their softmax is the share and not a certainty; ``loss`` is the
     entropy of that.
     """
-    logits = _initial_logits(features, prompts)
-    chosen = select_confident(logits, rho)
+    logits = initial_logits(features, prompts)
+    chosen = select_confident(logits, options.rho)
     counts, mean = _votes(logits, chosen)
     return _voted(features, logits, chosen, counts, mean)
 
 
 @torch.no_grad()
-def zero(features: Tensor, prompts: Prompts | TemplatePrompts, rho: float = 0.3) -> Adapted:
+def zero(features: Tensor, prompts: Prompts | TemplatePrompts, options: ZeroOptions) -> Adapted:
     """ZERO with exact votes: Farina et al., "Frustratingly Easy Test-Time Adaptation", 2024.
 
     The limit that the paper describes, temperature to 0: every confident view casts one vote. Equal
@@ -42,20 +67,22 @@ def zero(features: Tensor, prompts: Prompts | TemplatePrompts, rho: float = 0.3)
     one of the tied classes decides; if none does, the more probable class. (The published code
     asks them in the order in which they were made, see :func:`zero_fp16`.)
     """
-    logits = _initial_logits(features, prompts)
+    logits = initial_logits(features, prompts)
     order = entropy(logits).argsort(dim=-1, stable=True)
-    k = select_confident(logits, rho).shape[-1]
+    k = select_confident(logits, options.rho).shape[-1]
     chosen, rest = order[:, :k], order[:, k:]
     counts, mean = _votes(logits, chosen)
     tied = counts == counts.amax(-1, keepdim=True)
-    winner = _first_among(_take(logits, rest).argmax(-1), tied)
+    winner = _first_among(take(logits, rest).argmax(-1), tied)
     undecided = (tied.sum(-1) > 1) & (winner >= 0)
     counts += F.one_hot(winner.clamp_min(0), counts.shape[-1]) * undecided[:, None]
     return _voted(features, logits, chosen, counts, mean)
 
 
 @torch.no_grad()
-def zero_fp16(features: Tensor, prompts: Prompts | TemplatePrompts, rho: float = 0.3) -> Adapted:
+def zero_fp16(
+    features: Tensor, prompts: Prompts | TemplatePrompts, options: ZeroOptions
+) -> Adapted:
     """ZERO as its code runs: in half precision, where "temperature 0" is not 0.
 
     The code divides cosines by the smallest step of their type. Under mixed precision that is
@@ -67,14 +94,14 @@ def zero_fp16(features: Tensor, prompts: Prompts | TemplatePrompts, rho: float =
 
     ``logits`` are the log of the mean of the sharpened predictions.
     """
-    logits = _initial_logits(features, prompts)
-    x, text = features.to(_weight(prompts)), prompts.text_features()
+    logits = initial_logits(features, prompts)
+    x, text = features.to(weight_of(prompts)), prompts.text_features()
     cosines = (x.half().float() @ text.half().float().T).half()
     scaled = (cosines * prompts.clip.logit_scale.to(cosines.device)).half().float()
-    chosen = select_confident(scaled, rho)
+    chosen = select_confident(scaled, options.rho)
     k, c = chosen.shape[-1], logits.shape[-1]
     sharp = (cosines.float() / torch.finfo(torch.float16).eps).softmax(-1)
-    mean = _take(sharp, chosen).mean(1)
+    mean = take(sharp, chosen).mean(1)
     tied = mean == mean.amax(-1, keepdim=True)
     several = tied.sum(-1) > 1
     rest = cosines[:, k:]
@@ -84,17 +111,13 @@ def zero_fp16(features: Tensor, prompts: Prompts | TemplatePrompts, rho: float =
         winner = torch.where(winner < 0, wrong.argmax(-1), winner)
         mean = mean + F.one_hot(winner, c) * several[:, None]
     out = (mean / mean.sum(-1, keepdim=True)).clamp_min(torch.finfo(mean.dtype).tiny).log()
-    mask = _as_mask(chosen, features)
-    return Adapted(*_back(features, out, logits[:, 0], entropy(out), mask))
+    mask = as_mask(chosen, features)
+    return Adapted(*back(features, out, logits[:, 0], entropy(out), mask))
 
 
 @torch.no_grad()
 def contrast_vote(
-    features: Tensor,
-    prompts: Prompts | TemplatePrompts,
-    contrast: float = 0.4,
-    temperature: float = 2.0,
-    image: float = 2.0,
+    features: Tensor, prompts: Prompts | TemplatePrompts, options: ContrastOptions
 ) -> Adapted:
     """Our own: every view votes, against what all views say, and the whole image votes too.
 
@@ -113,10 +136,9 @@ def contrast_vote(
     the views, no sorting, no gradient. Its three numbers were chosen on ``iconshift-v2``,
     ``iconshift-dev`` and damaged copies of V2; see notebook 10.
     """
-    if not temperature > 0 or image < 0:
-        raise ValueError(f"temperature must be > 0 and image >= 0; got {temperature} and {image}.")
-    _check_features(features, prompts)
-    x, text = features.to(_weight(prompts)), prompts.text_features()
+    contrast, temperature, image = options.contrast, options.temperature, options.image
+    check_features(features, prompts)
+    x, text = features.to(weight_of(prompts)), prompts.text_features()
     scale = prompts.clip.logit_scale.to(x)
     # logits are linear in the features, so the contrast is taken there, where it is cheaper
     against = x - contrast * x.mean(1, keepdim=True)
@@ -125,12 +147,12 @@ def contrast_vote(
     score += image * (before / temperature).softmax(-1).square_()
     out = (score / score.sum(-1, keepdim=True)).clamp_min(torch.finfo(score.dtype).tiny).log()
     mask = torch.ones(x.shape[:2], dtype=torch.bool)
-    return Adapted(*_back(features, out, before, entropy(out), mask))
+    return Adapted(*back(features, out, before, entropy(out), mask))
 
 
 def _votes(logits: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
     """Votes and mean probabilities of the chosen views, both ``[B,C]``."""
-    kept = _take(logits, chosen)
+    kept = take(logits, chosen)
     counts = F.one_hot(kept.argmax(-1), logits.shape[-1]).sum(1).to(logits)
     return counts, kept.softmax(-1).mean(1)
 
@@ -139,8 +161,8 @@ def _voted(features, logits, chosen, counts, mean) -> Adapted:
     score = counts + TIE * mean
     out = score / score.sum(-1, keepdim=True)
     out = out.clamp_min(torch.finfo(out.dtype).tiny).log()
-    mask = _as_mask(chosen, features)
-    return Adapted(*_back(features, out, logits[:, 0], entropy(out), mask))
+    mask = as_mask(chosen, features)
+    return Adapted(*back(features, out, logits[:, 0], entropy(out), mask))
 
 
 def _first_among(predictions: Tensor, allowed: Tensor) -> Tensor:
@@ -150,3 +172,9 @@ def _first_among(predictions: Tensor, allowed: Tensor) -> Tensor:
     hit = allowed.gather(1, predictions)
     first = predictions.gather(1, hit.int().argmax(1, keepdim=True))[:, 0]
     return torch.where(hit.any(1), first, -1)
+
+
+VOTE = Method(vote, Options)
+ZERO = Method(zero, ZeroOptions, paper="ZERO, 2024")
+ZERO_FP16 = Method(zero_fp16, ZeroOptions, paper="ZERO's code, 2024")
+CONTRAST_VOTE = Method(contrast_vote, ContrastOptions)
