@@ -1,4 +1,11 @@
-"""TODO."""
+"""Figures in one style: a function takes numbers or images and returns a figure; ``show`` shows it.
+
+Never here: methods, models, torch; a caller hands over values. To add a figure, write one function
+in ``lines``, ``bars`` or ``pictures`` and name it in ``__all__``.
+
+Everywhere, a label of an axis carries the unit, an interval is ``(value, low, high)``, and colours
+never stand alone: markers, line styles, hatching or words say the same.
+"""
 
 from tpt_nb.figures.bars import (
     grouped_bars,
@@ -28,54 +35,12 @@ from tpt_nb.figures.pictures import (
     prediction,
     wins,
 )
-from tpt_nb.figures.style import (
-    COLOURS,
-    DPI,
-    GREY,
-    HALF,
-    HEAVY,
-    LINES,
-    MARKERS,
-    WIDTH,
-    bundle,
-    setup,
-    show,
-    to_png,
-)
+from tpt_nb.figures.style import COLOURS, WIDTH, bundle, setup, show, to_png
 
+# fmt: off
 __all__ = [
-    "COLOURS",
-    "DPI",
-    "GREY",
-    "HALF",
-    "HEAVY",
-    "LINES",
-    "MARKERS",
-    "WIDTH",
-    "bands",
-    "boxed",
-    "bundle",
-    "calibration",
-    "curves",
-    "distributions",
-    "grouped_bars",
-    "image_grid",
-    "intervals",
-    "labelled_boxes",
-    "lines",
-    "matrices",
-    "patch_sheet",
-    "prediction",
-    "price",
-    "ranked",
-    "responses",
-    "scatter",
-    "setup",
-    "show",
-    "stacked",
-    "to_png",
-    "two_scales",
-    "unit_vectors",
-    "waterfall",
-    "wins",
+    "COLOURS", "WIDTH", "bands", "boxed", "bundle", "calibration", "curves", "distributions",
+    "grouped_bars", "image_grid", "intervals", "labelled_boxes", "lines", "matrices",
+    "patch_sheet", "prediction", "price", "ranked", "responses", "scatter", "setup", "show",
+    "stacked", "to_png", "two_scales", "unit_vectors", "waterfall", "wins",
 ]

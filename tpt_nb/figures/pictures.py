@@ -1,19 +1,23 @@
-"""Figures that show images, frames in them, or matrices; see ``figures``."""
+"""Images, boxes in them, and matrices."""
 
 from collections.abc import Sequence
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from PIL import Image
 
+from tpt_nb.figures import parts
+from tpt_nb.figures.parts import Interval, Names, Values
 from tpt_nb.figures.style import COLOURS, GREY, LINES, WIDTH
 
 
 def image_grid(
     images: Sequence,
-    titles: Sequence[str] | None = None,
+    titles: Names | None = None,
     columns: int | None = None,
-    row_labels: Sequence[str] | None = None,
+    row_labels: Names | None = None,
     colours: Sequence[str | None] | None = None,
     size: float | None = None,
     title: str = "",
@@ -23,7 +27,6 @@ def image_grid(
     Args:
         images: PIL images or arrays ``[H,W,3]``; tensors ``[3,H,W]`` (uint8, or float in [0,1])
             too. None leaves a place empty.
-        titles: one per image.
         columns: images in a row; default: all in one, eight at most.
         row_labels: one per row, to the left of it.
         colours: one per image: name of ``COLOURS`` for a frame, or None for none.
@@ -37,100 +40,40 @@ def image_grid(
     columns = columns or min(len(images), 8)
     rows = -(-len(images) // columns)
     side = size or WIDTH / columns
-    lines = max((t.count("\n") + 1 for t in titles), default=0) if titles is not None else 0
-    height = rows * (side + 0.16 * lines) + (0.25 if title else 0)
+    high = max(t.count("\n") + 1 for t in titles) if titles is not None else 0
+    height = rows * (side + 0.16 * high) + (0.25 if title else 0)
     fig, axes = plt.subplots(rows, columns, figsize=(side * columns, height), squeeze=False)
     for i, axis in enumerate(axes.flat):
-        axis.set_xticks([])
-        axis.set_yticks([])
+        axis.set(xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
-        if i >= len(images) or images[i] is None:
-            continue
-        axis.imshow(_pixels(images[i]), interpolation="antialiased")
-        if titles is not None:
-            axis.set_title(titles[i], fontsize=8, loc="center", pad=3)
-        if colours is not None and colours[i]:
-            axis.spines[:].set(visible=True, color=COLOURS[colours[i]], linewidth=2.5)
+        if i < len(images) and images[i] is not None:
+            axis.imshow(_pixels(images[i]), interpolation="antialiased")
+            if titles is not None:
+                axis.set_title(titles[i], fontsize=8, loc="center", pad=3)
+            _frame(axis, colours[i] if colours is not None else None)
     for row, label in enumerate(row_labels or ()):
         axes[row, 0].set_ylabel(label, fontsize=9)
-    if title:
-        fig.suptitle(title, x=0.01, ha="left", fontsize=10)
-    return fig
+    return parts.finish(fig, title)
 
 
 def _pixels(image) -> np.ndarray:
     """``[H,W,3]`` of a PIL image, an array or a tensor ``[3,H,W]``."""
-    if hasattr(image, "detach"):
-        image = image.detach().cpu().permute(1, 2, 0).numpy()
+    if not isinstance(image, Image.Image | np.ndarray):
+        image = image.detach().cpu().permute(1, 2, 0)
     return np.asarray(image)
 
 
-def matrices(
-    panels: dict[str, np.ndarray],
-    rows: Sequence[str] | None = None,
-    columns: Sequence[str] | None = None,
-    row_label: str = "",
-    column_label: str = "",
-    label: str = "",
-    number: str = "",
-    limits: tuple[float, float] | None = None,
-    colours: str = "cividis",
-    title: str = "",
-    size: float | None = None,
-) -> Figure:
-    """Matrices side by side on one colour scale; NaN is left white.
-
-    Args:
-        panels: title -> ``[R,K]``, all with the same rows and columns.
-        rows, columns: names of the rows and columns.
-        row_label, column_label: of the axes.
-        label: of the colour bar, with the unit.
-        number: format of the number in each cell (``".1f"``); empty for none.
-        limits: ends of the colour scale; default: those of the values.
-        colours: ``cividis``, or ``PuOr`` for signed values.
-        size: inches of height; default: square cells that fill the page width.
-    """
-    values = [np.asarray(v, float) for v in panels.values()]
-    low, high = limits or (min(map(np.nanmin, values)), max(map(np.nanmax, values)))
-    n_rows, n_columns = values[0].shape
-    widest = max(map(len, rows or [""]))  # letters; about 0.075 inches each
-    room = (WIDTH - 1.0 - 0.075 * widest) / len(values)
-    height = size or min(room * n_rows / n_columns + 0.6, 6.0)
-    fig, axes = plt.subplots(1, len(values), figsize=(WIDTH, height), squeeze=False)
-    scale = plt.Normalize(low, high)
-    for axis, name, value in zip(axes[0], panels, values, strict=True):
-        image = axis.imshow(value, norm=scale, cmap=colours, aspect="auto")
-        axis.set_title(name)
-        axis.spines[:].set_visible(False)
-        axis.tick_params(length=0)
-        axis.set_xticks(range(n_columns), columns or [""] * n_columns)
-        axis.set_yticks(range(n_rows), (rows if axis is axes[0, 0] else None) or [""] * n_rows)
-        if columns and 0.065 * max(map(len, columns)) * n_columns > room:
-            plt.setp(axis.get_xticklabels(), rotation=45, ha="right", rotation_mode="anchor")
-        axis.set_xlabel(column_label)
-        if number:
-            _write_numbers(axis, value, number, image)
-    axes[0, 0].set_ylabel(row_label)
-    fig.colorbar(image, ax=axes[0].tolist(), label=label, pad=0.02, aspect=25)
-    if title:
-        fig.suptitle(title, x=0.01, ha="left", fontsize=10)
-    return fig
-
-
-def _write_numbers(axis, value: np.ndarray, number: str, image) -> None:
-    """Each value into its cell, black or white, whichever can be read on its colour."""
-    for (i, j), v in np.ndenumerate(value):
-        if np.isfinite(v):
-            red, green, blue, _ = image.cmap(image.norm(v))
-            light = 0.299 * red + 0.587 * green + 0.114 * blue
-            ink = "black" if light > 0.55 else "white"
-            axis.text(j, i, f"{v:{number}}", ha="center", va="center", fontsize=8, color=ink)
+def _frame(axis: Axes, colour: str | None) -> None:
+    """A heavy frame of that colour, or none at all."""
+    axis.spines[:].set_visible(bool(colour))
+    if colour:
+        axis.spines[:].set(color=COLOURS[colour], linewidth=2.5)
 
 
 def prediction(
     image,
-    classnames: Sequence[str],
-    probs: Sequence[float],
+    classnames: Names,
+    probs: Values,
     target: int | None = None,
     top: int = 6,
     title: str = "",
@@ -145,71 +88,67 @@ def prediction(
     order = np.argsort(-probs, kind="stable")[:top].tolist()
     if target is not None and target not in order:
         order[-1] = target
-    fig, (left, right) = plt.subplots(
-        1, 2, figsize=(WIDTH, 2.4), gridspec_kw={"width_ratios": [1, 1.9]}
-    )
-    left.imshow(_pixels(image))
-    left.axis("off")
+    fig, left, right = _image_beside(image, 1.9, 2.4)
     colours = [COLOURS["blue"] if c == target else GREY for c in order]
     right.barh(range(len(order)), 100 * probs[order], color=colours)
     names = [f"{classnames[c]} (true)" if c == target else classnames[c] for c in order]
     right.set_yticks(range(len(order)), names)
     right.invert_yaxis()
-    right.set_xlim(0, 118)
+    right.set(xlim=(0, 118), xticks=[0, 25, 50, 75, 100])
     for i, c in enumerate(order):
         right.text(100 * probs[c] + 1.5, i, f"{100 * probs[c]:.1f}", va="center", fontsize=8)
-    right.set_xticks([0, 25, 50, 75, 100])
-    right.set_xlabel("probability (%)")
-    right.set_title(title)
-    return fig
+    parts.name_axes(right, "probability (%)", title=title)
+    return parts.finish(fig)
 
 
-def boxed(
-    images: Sequence, boxes: Sequence, titles: Sequence[str], marked: Sequence = ()
-) -> Figure:
+def _image_beside(image, ratio: float, height: float, **style) -> tuple[Figure, Axes, Axes]:
+    """An image on the left, and axes on the right that are so many times as wide."""
+    size, widths = (WIDTH, height), {"width_ratios": [1, ratio]}
+    fig, (left, right) = plt.subplots(1, 2, figsize=size, gridspec_kw=widths)
+    left.imshow(_pixels(image), **style)
+    left.set_axis_off()
+    return fig, left, right
+
+
+def boxed(images: Sequence, boxes: Sequence, titles: Names, marked: Sequence = ()) -> Figure:
     """Images side by side with the crops that an augmenter takes from them drawn as boxes.
 
     Args:
-        images: PIL images or arrays ``[H,W,3]``.
         boxes: for each image ``[n,4]``, (left, top, right, bottom) in pixels.
-        titles: one per image.
         marked: for each image the boxes to stand out, by index: solid, then dashed, then dotted.
     """
-    fig, axes = plt.subplots(
-        1, len(images), figsize=(WIDTH, WIDTH / len(images) + 0.2), squeeze=False
-    )
+    fig, axes = parts.panels(len(images), WIDTH / len(images) + 0.2)
     colours = [COLOURS[name] for name in ("vermilion", "blue", "black")]
     for i, axis in enumerate(axes[0]):
         axis.imshow(_pixels(images[i]), alpha=0.75)
-        for left, top, right, bottom in np.asarray(boxes[i], float):
-            axis.plot(*_outline(left, top, right, bottom), color="white", lw=1.6, ls="-")
-            axis.plot(*_outline(left, top, right, bottom), color="#333333", lw=0.6, ls="-")
+        for box in boxes[i]:
+            _outline(axis, box, color="white", lw=1.6)
+            _outline(axis, box, color="#333333", lw=0.6)
         for k, which in enumerate(marked[i] if i < len(marked) else ()):
-            style = {"color": colours[k % 3], "ls": LINES[k % 3], "lw": 2.5}
-            axis.plot(*_outline(*np.asarray(boxes[i], float)[which]), **style)
+            _outline(axis, boxes[i][which], color=colours[k % 3], ls=LINES[k % 3], lw=2.5)
         axis.set_title(titles[i], fontsize=9)
         axis.set_axis_off()
     return fig
 
 
-def _outline(left: float, top: float, right: float, bottom: float) -> tuple[list, list]:
-    """The x and y of a box's outline, on the pixels' edges (imshow centres pixel 0 on 0)."""
+def _outline(axis: Axes, box: Values, ls: str = "-", **style) -> None:
+    """A box's outline, on the pixels' edges (imshow centres pixel 0 on 0)."""
+    left, top, right, bottom = (float(v) - 0.5 for v in box)
     x, y = [left, right, right, left, left], [top, top, bottom, bottom, top]
-    return [v - 0.5 for v in x], [v - 0.5 for v in y]
+    axis.plot(x, y, ls=ls, **style)
 
 
 def patch_sheet(
     image,
     boxes: Sequence,
     patches: Sequence,
-    titles: Sequence[str],
+    titles: Names,
     colours: Sequence[str | None],
     title: str = "",
 ) -> Figure:
     """An image with its grid of patches drawn on it, and the patches as the model gets them.
 
     Args:
-        image: PIL image.
         boxes: ``[P,4]`` of the patches, row by row.
         patches: P images or tensors ``[3,S,S]``, in the same order.
         titles, colours: one per patch: text above it; name of ``COLOURS`` for a frame, or None.
@@ -225,68 +164,108 @@ def patch_sheet(
     left, right = fig.subfigures(1, 2, width_ratios=[1, 1.35])
     axis = left.subplots()
     axis.imshow(_pixels(image))
-    for box, colour in zip(np.asarray(boxes, float), colours, strict=True):
-        axis.plot(*_outline(*box), color="white", lw=1.0, ls="-")
+    for box, colour in zip(boxes, colours, strict=True):
+        _outline(axis, box, color="white", lw=1.0)
         if colour:
-            axis.plot(*_outline(*box), color=COLOURS[colour], lw=2.5, ls="-", zorder=3)
+            _outline(axis, box, color=COLOURS[colour], lw=2.5, zorder=3)
     axis.set_axis_off()
     axis.set_title(title, fontsize=9)
     for i, cell in enumerate(right.subplots(rows, rows).flat):
         cell.imshow(_pixels(patches[i]), interpolation="antialiased")
         cell.set(xticks=[], yticks=[])
-        cell.spines[:].set_visible(bool(colours[i]))
-        if colours[i]:
-            cell.spines[:].set(color=COLOURS[colours[i]], linewidth=2.5)
+        _frame(cell, colours[i])
         cell.set_title(titles[i], fontsize=7, loc="center", pad=2)
     return fig
 
 
-def labelled_boxes(
-    image, boxes: Sequence, labels: Sequence[str], title: str = "", colours: Sequence[str] = ()
-) -> Figure:
+def labelled_boxes(image, boxes: Sequence, labels: Names, title: str = "") -> Figure:
     """An image with numbered boxes, and what each of them stands for in a list beside it.
 
     Args:
-        image: PIL image or array ``[H,W,3]``.
         boxes: ``[n,4]``, (left, top, right, bottom) in pixels.
         labels: one per box; may have lines.
-        colours: one per box, names of ``COLOURS``; default: in turn.
     """
     if len(boxes) != len(labels):
         raise ValueError(f"labelled_boxes got {len(boxes)} boxes but {len(labels)} labels.")
-    names = colours or ("vermilion", "blue", "green", "purple", "black", "orange")
-    fig, (left, right) = plt.subplots(
-        1, 2, figsize=(WIDTH, 2.9), gridspec_kw={"width_ratios": [1, 1.5]}
-    )
-    left.imshow(_pixels(image), alpha=0.85)
-    left.set_axis_off()
+    fig, left, right = _image_beside(image, 1.5, 2.9, alpha=0.85)
     right.set_axis_off()
+    names = ("vermilion", "blue", "green", "purple", "black", "orange")
     step = 1 / max(len(labels), 5)
-    for i, (box, label) in enumerate(zip(np.asarray(boxes, float), labels, strict=True)):
-        colour, line = COLOURS[names[i % len(names)]], LINES[i % 4]
-        left.plot(*_outline(*box), color="white", lw=3.4, ls="-")
-        left.plot(*_outline(*box), color=colour, lw=2, ls=line)
+    for i, (box, label) in enumerate(zip(boxes, labels, strict=True)):
+        colour = COLOURS[names[i % 6]]
+        _outline(left, box, color="white", lw=3.4)
+        _outline(left, box, color=colour, lw=2, ls=LINES[i % 4])
         tag = {"facecolor": colour, "edgecolor": "white", "boxstyle": "round,pad=0.15"}
-        style = {"color": "white", "fontsize": 8, "ha": "left", "va": "top", "bbox": tag}
-        left.text(box[0] + 3 + 16 * (i % 3), box[1] + 3, str(i + 1), **style)
-        y = 1 - (i + 0.5) * step
-        right.text(0, y, str(i + 1), transform=right.transAxes, **style | {"va": "center"})
-        right.text(0.06, y, label, transform=right.transAxes, fontsize=8, va="center")
-    fig.suptitle(title, x=0.01, ha="left", fontsize=10)
-    return fig
+        style = {"color": "white", "fontsize": 8, "bbox": tag}
+        left.text(box[0] + 3 + 16 * (i % 3), box[1] + 3, str(i + 1), va="top", **style)
+        y, place = 1 - (i + 0.5) * step, {"transform": right.transAxes, "va": "center"}
+        right.text(0, y, str(i + 1), **style, **place)
+        right.text(0.06, y, label, fontsize=8, **place)
+    return parts.finish(fig, title)
+
+
+def matrices(
+    panels: dict[str, np.ndarray],
+    rows: Names | None = None,
+    columns: Names | None = None,
+    row_label: str = "",
+    column_label: str = "",
+    label: str = "",
+    number: str = "",
+    limits: tuple[float, float] | None = None,
+    colours: str = "cividis",
+    title: str = "",
+    size: float | None = None,
+) -> Figure:
+    """Matrices side by side on one colour scale; NaN is left white.
+
+    Args:
+        panels: title -> ``[R,K]``, all with the same rows and columns, which have names.
+        row_label, column_label, label: of the axes and of the colour bar.
+        number: format of the number in each cell (``".1f"``); empty for none.
+        limits: ends of the colour scale; default: those of the values.
+        colours: ``cividis``, or ``PuOr`` for signed values.
+        size: inches of height; default: square cells that fill the page width.
+    """
+    values = [np.asarray(v, float) for v in panels.values()]
+    scale = plt.Normalize(*limits or (min(map(np.nanmin, values)), max(map(np.nanmax, values))))
+    n_rows, n_columns = values[0].shape
+    widest = max(map(len, rows or [""]))  # letters; about 0.075 inches each
+    room = (WIDTH - 1.0 - 0.075 * widest) / len(values)
+    fig, axes = parts.panels(len(values), size or min(room * n_rows / n_columns + 0.6, 6.0))
+    for axis, name, value in zip(axes[0], panels, values, strict=True):
+        image = axis.imshow(value, norm=scale, cmap=colours, aspect="auto")
+        axis.spines[:].set_visible(False)
+        axis.tick_params(length=0)
+        axis.set_xticks(range(n_columns), columns or [""] * n_columns)
+        axis.set_yticks(range(n_rows), (rows if axis is axes[0, 0] else None) or [""] * n_rows)
+        if columns and 0.065 * max(map(len, columns)) * n_columns > room:
+            plt.setp(axis.get_xticklabels(), rotation=45, ha="right", rotation_mode="anchor")
+        parts.name_axes(axis, column_label, title=name)
+        for (i, j), v in np.ndenumerate(value):
+            if number and np.isfinite(v):
+                _write(image, i, j, f"{v:{number}}", fontsize=8)
+    axes[0, 0].set_ylabel(row_label)
+    fig.colorbar(image, ax=axes[0].tolist(), label=label, pad=0.02, aspect=25)
+    return parts.finish(fig, title)
+
+
+def _write(image, i: int, j: int, text: str, **style) -> None:
+    """A text into a cell, black or white, whichever can be read on its colour."""
+    value = image.get_array()[i, j]
+    red, green, blue, _ = image.cmap(image.norm(value)) if np.isfinite(value) else (1, 1, 1, 1)
+    ink = "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.55 else "white"
+    image.axes.text(j, i, text, ha="center", va="center", color=ink, **style)
 
 
 def wins(
-    names: Sequence[str],
-    gains: Sequence[Sequence[tuple[float, float, float] | None]],
-    label: str,
-    title: str = "",
+    names: Names, gains: Sequence[Sequence[Interval | None]], label: str, title: str = ""
 ) -> Figure:
     """Row against column: the gain in each cell, bold and coloured where its interval excludes 0.
 
     Args:
-        gains: per row and column (gain, low, high) of the row over the column; None: empty.
-        label: what the numbers are, with the unit.
+        gains: per row and column the gain of the row over the column; None: empty.
+        label: what the numbers are.
     """
     n = len(names)
     fig, axis = plt.subplots(figsize=(WIDTH, 0.9 + 0.33 * n))
@@ -297,26 +276,12 @@ def wins(
     image = axis.imshow(shown, cmap="PuOr_r", vmin=-limit, vmax=limit, aspect="auto")
     for (i, j), value in np.ndenumerate(values):
         if np.isfinite(value):
-            red, green, blue, _ = image.cmap(image.norm(value)) if clear[i, j] else (1, 1, 1, 1)
-            ink = "black" if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "white"
             weight = "bold" if clear[i, j] else "normal"
-            axis.text(
-                j,
-                i,
-                f"{value:+.1f}",
-                ha="center",
-                va="center",
-                fontsize=7,
-                color=ink,
-                weight=weight,
-            )
+            _write(image, i, j, f"{value:+.1f}", fontsize=7, weight=weight)
     axis.set_yticks(range(n), names)
     axis.set_xticks(range(n), names, rotation=35, ha="left", rotation_mode="anchor")
     axis.xaxis.tick_top()
     axis.tick_params(length=0)
-    for side in axis.spines.values():
-        side.set_visible(False)
+    axis.spines[:].set_visible(False)
     axis.set_xlabel(label)
-    if title:
-        fig.suptitle(title, x=0.01, ha="left", fontsize=10)
-    return fig
+    return parts.finish(fig, title)

@@ -6,13 +6,10 @@ import io
 import matplotlib.pyplot as plt
 from cycler import cycler
 from matplotlib.figure import Figure
+from PIL import Image
 
 DPI = 110
-
-
 WIDTH, HALF = 7.0, 3.5  # inches
-
-
 COLOURS = {
     "blue": "#0072B2",
     "orange": "#E69F00",
@@ -23,23 +20,15 @@ COLOURS = {
     "yellow": "#F0E442",
     "black": "#000000",
 }
-
-
-GREY = "#767676"
-
-
+CYCLE = [COLOURS[n] for n in ("blue", "vermilion", "green", "orange", "purple", "black")]
+GREY, PALE = "#767676", "#BBBBBB"
 LINES = ("-", "--", "-.", ":", "-", "--")
-
-
 MARKERS = ("o", "s", "^", "D", "v", "P")
-
-
 HEAVY = 60_000  # bytes; above, a figure (one with photographs) is stored with 256 colours
 
 
 def setup() -> None:
     """Set matplotlib's defaults for a notebook. Idempotent."""
-    names = ("blue", "vermilion", "green", "orange", "purple", "black")
     plt.rcParams.update(
         {
             "figure.dpi": DPI,
@@ -58,15 +47,13 @@ def setup() -> None:
             "lines.markersize": 5,
             "legend.frameon": False,
             "image.cmap": "cividis",
-            "axes.prop_cycle": cycler(color=[COLOURS[n] for n in names]) + cycler(linestyle=LINES),
+            "axes.prop_cycle": cycler(color=CYCLE) + cycler(linestyle=LINES),
         }
     )
 
 
 def to_png(fig: Figure) -> bytes:
     """The figure as PNG; one with many colours is reduced to 256 to keep notebooks small."""
-    from PIL import Image
-
     buffer = io.BytesIO()
     fig.savefig(buffer, format="png", dpi=min(DPI, fig.dpi), facecolor="white")
     if len(buffer.getvalue()) > HEAVY:
