@@ -1,0 +1,276 @@
+"""The engine: a configuration in, records and a summary out, on disk and resumable.
+
+``run(config)`` opens the data set and the folder, encodes the images (stage 1, cached), adapts to
+each of them (stage 2) and summarises. It fills ``<out>/<run name>/``:
+
+- ``config.json``: the configuration with every default filled in, and what it was run on;
+- ``records.jsonl``: one line per image, in the order of the data set, flushed group by group;
+- ``summary.json``: metrics with intervals, failed images, versions, device, seconds; written last;
+- TensorBoard events on request.
+"""
+
+import dataclasses
+import json
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from tpt_nb import datasets, features, methods, metrics, models
+from tpt_nb.core.files import only_writer, write_json
+from tpt_nb.core.machine import device_name, versions
+from tpt_nb.core.messages import bar, say_once
+from tpt_nb.runs.config import (
+    GROUP,
+    RunConfig,
+    augmenter_of,
+    describe,
+    identity,
+    name_of,
+    options_of,
+    short_hash,
+)
+from tpt_nb.runs.profile import resolve
+from tpt_nb.runs.records import (
+    Run,
+    check_folder,
+    finished,
+    hint_at_chance,
+    line_of,
+    report_failed,
+    resume,
+    to_records,
+)
+from tpt_nb.runs.tensorboard import write_tensorboard
+
+
+class Session:
+    """The model and the prompts that several runs share, so that each is made once.
+
+    Holds those of the last run. What depends on nothing else (the Jacobian of the text tower) is
+    then made once for many runs. Local weights are the same if their content is.
+    """
+
+    def __init__(self) -> None:
+        self._models: dict[str, models.Clip] = {}
+        self._prompts: dict[str, object] = {}
+
+    def model(self, config: RunConfig) -> models.Clip:
+        """The model of a (filled-in) configuration; ``ValueError`` if it cannot be had."""
+        key = json.dumps([identity(config)["model"], config.device])
+        if key not in self._models:
+            self._models.clear()  # first, so that there are never two models in memory
+            self._prompts.clear()
+            try:
+                self._models[key] = models.load(config.model, device=config.device)
+            except RuntimeError as error:  # weights that cannot be fetched
+                raise ValueError(str(error)) from error
+        return self._models[key]
+
+    def prompts(self, config: RunConfig, classnames: list[str]):
+        """The prompts of a (filled-in) configuration for these classes."""
+        clip, values = self.model(config), identity(config)
+        names = ["ctx_init", "n_ctx", "coop", "class_token_position", "csc", "templates", "seed"]
+        names += ["dataset"] if config.templates == "dataset" else []
+        key = json.dumps([[values[name] for name in names], list(classnames)])
+        if key not in self._prompts:
+            self._prompts.clear()
+            self._prompts[key] = make_prompts(config, clip, classnames)
+        return self._prompts[key]
+
+
+def make_prompts(config: RunConfig, clip: models.Clip, classnames: list[str]):
+    """The prompts of a (filled-in) configuration: CoOp's, words, random vectors, or an ensemble."""
+    if config.templates == "dataset":  # the sentence that CoOp has for it
+        sentence = datasets.template(config.dataset)
+        return models.TemplatePrompts(clip, classnames, [sentence])
+    if config.templates:
+        return models.TemplatePrompts(clip, classnames, config.templates)
+    return models.Prompts(
+        clip,
+        classnames,
+        ctx_init=config.ctx_init or None,
+        n_ctx=config.n_ctx,
+        coop=config.coop or None,
+        class_token_position=config.class_token_position,
+        class_specific=config.csc,
+        seed=config.seed,
+    )
+
+
+def run_name(config: RunConfig) -> str:
+    """The name of a run's folder, see ``runs.config.name_of``."""
+    return name_of(resolve(config)[0])
+
+
+def run(config: RunConfig | Mapping, session: Session | None = None, progress: bool = True) -> Run:
+    """Do one run, go on with a killed one, or load a finished one.
+
+    A second process that starts the same run waits until the first has finished it. Images that
+    cannot be decoded are left out, counted and named in the summary and at the end.
+
+    Args:
+        config: or a dict of parameters, flat ones too.
+        session: shares its model and prompts with other runs.
+        progress: show bars and print the settings before the run starts.
+    Raises:
+        ValueError: a bad configuration, a data set without images, a folder that holds a run of
+            something else.
+    """
+    opened = _open(config)
+    done = finished(opened.folder, opened.config)
+    if not done:
+        with only_writer(opened.folder):
+            done = finished(opened.folder, opened.config)  # by the process that was waited for
+            if not done:
+                check_folder(opened.folder, opened.header)
+                return _compute(opened, session or Session(), progress)
+    print(f"{done.dir} is complete: {len(done.records)} records loaded, nothing computed")
+    if opened.config.tensorboard and not list(done.dir.glob("events.out.tfevents.*")):
+        write_tensorboard(done, opened.dataset.classnames)
+    return _report(done, opened)
+
+
+@dataclass
+class _Opened:
+    """A run before anything is computed."""
+
+    config: RunConfig
+    dataset: datasets.Dataset
+    folder: Path
+    header: dict
+    began: float
+
+
+def _open(config: RunConfig | Mapping) -> _Opened:
+    """The configuration filled in, its images, and its folder, which holds nothing else."""
+    began = time.perf_counter()
+    config = config if isinstance(config, RunConfig) else RunConfig.from_dict(config)
+    resolved, why = resolve(config)
+    say_once(f"profile {resolved.profile}: {why}")
+    dataset = datasets.load(
+        resolved.dataset,
+        n=resolved.reduced_size,
+        seed=resolved.subset_seed,
+        root=resolved.root or None,
+    )
+    if not len(dataset):
+        raise ValueError(f"the data set {resolved.dataset} has no images: nothing to run over.")
+    note = getattr(dataset, "note", "")
+    if note:
+        say_once(note)
+    depends = identity(resolved)
+    folder = Path(resolved.out) / name_of(resolved)
+    header = {
+        "name": folder.name,
+        "hash": short_hash(depends),
+        "identity": depends,
+        "dataset": {"name": dataset.name, "fingerprint": dataset.fingerprint, "n": len(dataset)},
+        "config": dataclasses.asdict(resolved),
+        "classnames": list(dataset.classnames),
+    }
+    check_folder(folder, header)
+    return _Opened(resolved, dataset, folder, header, began)
+
+
+def _compute(opened: _Opened, session: Session, progress: bool) -> Run:
+    """Encode, adapt, summarise; the folder is ours."""
+    config, dataset, folder = opened.config, opened.dataset, opened.folder
+    if progress:
+        print(describe(config), flush=True)
+    clip = session.model(config)
+    prompts = session.prompts(config, dataset.classnames)
+    augmenter = augmenter_of(config, clip.image_size)
+    method, cache = methods.get(config.method), Path(config.cache)
+    setting = methods.Setting(
+        clip, prompts, dataset, augmenter, config, cache, config.seed, config.device
+    )
+    prepared = method.ready(options_of(config), setting)  # fails before hours of encoding
+    write_json(folder / "config.json", opened.header)
+    loaded = time.perf_counter()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*images failed")  # reported at the end
+        encoded = features.encode(
+            dataset,
+            clip,
+            augmenter,
+            seed=config.seed,
+            cache=cache,
+            workers=config.workers,
+            progress=progress,
+        )
+    ready = time.perf_counter()
+    if isinstance(prompts, models.Prompts):
+        prompts.expect(len(encoded.ids), cache)  # of the whole run, so that resuming changes no bit
+    records = resume(folder / "records.jsonl", list(encoded.ids))
+    done = len(records)
+    if done:
+        print(f"{folder.name}: resumed at {done} of {len(encoded.ids)} images")
+    # what an online method learns from one image it keeps for the next: all of them in one call
+    size = GROUP if method.kind == "episodic" else len(encoded.ids)
+    with bar(len(encoded.ids), done, config.method, progress) as shown:
+        for fresh in _adapt(folder / "records.jsonl", encoded, done, prepared, prompts, size):
+            records += fresh
+            shown.update(len(fresh))
+    ended = time.perf_counter()
+    seconds = {"load": loaded - opened.began, "encode": ready - loaded, "adapt": ended - ready}
+    seconds["total"] = ended - opened.began
+    summary = _summary(opened, records, done, encoded, seconds, prepared.seconds)
+    result = Run(folder, config, records, summary)
+    if config.tensorboard:
+        write_tensorboard(result, dataset.classnames)
+    write_json(folder / "summary.json", summary)
+    return _report(result, opened)
+
+
+def _adapt(
+    path: Path, encoded: features.Features, done: int, prepared, prompts, size: int
+) -> Iterator[list[dict]]:
+    """Adapt to the images after the first ``done``; append and yield the records of each group."""
+    start = 0
+    with open(path, "ab") as file:
+        for ids, views, targets in encoded.batches(size):
+            skip = max(0, done - start)
+            start += len(ids)
+            if skip >= len(ids):
+                continue
+            # the whole group is adapted even where some of it is there: same operations, same bits
+            adapted = prepared.adapt(views.to(prompts.clip.device), prompts, ids)
+            fresh = to_records(ids, targets, adapted)[skip:]
+            file.write(b"".join(line_of(record) for record in fresh))
+            file.flush()
+            yield fresh
+
+
+def _summary(
+    opened: _Opened, records: list[dict], done: int, encoded: features.Features,
+    seconds: dict, own: Mapping[str, float],
+) -> dict:  # fmt: skip
+    """What ``summary.json`` holds; ``own`` are the seconds of views that the method brought."""
+    config, n, n_new = opened.config, len(records), len(records) - done
+    times = seconds | {f"{key} (its own views)": value for key, value in own.items()}
+    return {
+        "name": opened.folder.name,
+        "dataset": opened.dataset.name,
+        "model": config.model,
+        "method": config.method,
+        **metrics.summarize(records),
+        "failed": {"count": len(encoded.failed), "images": list(encoded.failed)},
+        "resumed": done,
+        "seconds": {key: round(value, 3) for key, value in times.items()},
+        # encoding counts whenever it was done, so that a full cache does not flatter a method
+        "seconds_per_image": (encoded.seconds + own.get("encode", 0)) / n
+        + seconds["adapt"] / max(1, n_new),
+        **({"seconds_to_generate": own["generate"] / n} if "generate" in own else {}),
+        "encoded": encoded.encoded,
+        "device": device_name(config.device),
+        "versions": versions(),
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def _report(done: Run, opened: _Opened) -> Run:
+    report_failed(done.summary)
+    hint_at_chance(done.summary, len(opened.dataset.classnames))
+    return done
