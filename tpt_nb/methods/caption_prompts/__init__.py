@@ -1,73 +1,36 @@
-"""TODO."""
+"""Prompts from an image's own caption (the study's second project): captioners, words, the method.
+
+Nothing here may import a run. A repair goes into ``words.py``, a captioner into ``captioners.py``.
+"""
 
 from tpt_nb.methods.caption_prompts.adapt import (
-    bind,
+    METHOD,
+    Options,
     caption_prompts,
     caption_weight,
-    encode_alike,
-    encode_once,
     mix,
 )
-from tpt_nb.methods.caption_prompts.captioners import (
-    BACKGROUNDS,
-    LOOKS,
-    NOUNS,
-    PLACES,
-    PLAIN,
-    SIZES,
-    SLOTS,
-    ClipCaptioner,
-    ViTGPT2,
-    sentence,
-)
-from tpt_nb.methods.caption_prompts.words import (
-    ARTICLES,
-    CHARACTERS,
-    REPAIRS,
-    STANDARD,
-    Span,
-    context_of,
-    find_word,
+from tpt_nb.methods.caption_prompts.captioners import ClipCaptioner, ViTGPT2, make_captioner
+from tpt_nb.methods.caption_prompts.texts import (
+    encode_once,
     known_share,
     known_words,
+    quiet_tokens,
+)
+from tpt_nb.methods.caption_prompts.words import (
+    REPAIRS,
+    context_of,
+    find_word,
     parse_repairs,
     personal_prompts,
-    quiet_tokens,
-    token_length,
+    plain_name,
     with_article,
-    words_of,
 )
 
 __all__ = [
-    "ARTICLES",
-    "BACKGROUNDS",
-    "CHARACTERS",
-    "ClipCaptioner",
-    "LOOKS",
-    "NOUNS",
-    "PLACES",
-    "PLAIN",
-    "REPAIRS",
-    "SIZES",
-    "SLOTS",
-    "STANDARD",
-    "Span",
-    "ViTGPT2",
-    "bind",
-    "caption_prompts",
-    "caption_weight",
-    "context_of",
-    "encode_alike",
-    "encode_once",
-    "find_word",
-    "known_share",
-    "known_words",
-    "mix",
-    "parse_repairs",
-    "personal_prompts",
-    "quiet_tokens",
-    "sentence",
-    "token_length",
-    "with_article",
-    "words_of",
-]
+    "METHOD", "Options", "caption_prompts", "caption_weight", "mix",
+    "ClipCaptioner", "ViTGPT2", "make_captioner",
+    "encode_once", "known_share", "known_words", "quiet_tokens",
+    "REPAIRS", "context_of", "find_word", "parse_repairs", "personal_prompts",
+    "plain_name", "with_article",
+]  # fmt: skip

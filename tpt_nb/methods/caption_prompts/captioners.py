@@ -1,43 +1,34 @@
-"""Captions of an image: by retrieval with CLIP, or ViT-GPT2."""
+"""Captions of an image and their keywords: by retrieval with CLIP, offline; or by ViT-GPT2.
+
+A captioner has ``captions(features [B,D], ids) -> list[str]`` and ``keyword(caption) -> span``.
+"""
 
 import functools
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from tpt_nb.methods.caption_prompts.words import (
-    STANDARD,
-    Span,
-    _extras,
-    find_word,
-    quiet_tokens,
-    words_of,
-)
+from tpt_nb.core.files import write_whole
+from tpt_nb.core.images import as_rgb
+from tpt_nb.core.messages import first_line, unknown
+from tpt_nb.core.paths import cache_dir
+from tpt_nb.methods.caption_prompts.texts import encode_once
+from tpt_nb.methods.caption_prompts.words import STANDARD, Span, find_word, plain_name, words_of
 from tpt_nb.models import Clip
+from tpt_nb.views import center_view
 
-NOUNS = ("photo", "drawing", "cartoon", "sticker", "emoji", "flat icon")
-
-
-LOOKS = ("", "gray", "black and white", "inverted", "blurry", "dark", "bright", "outlined")
-
-
-SIZES = ("", "tiny", "small", "large", "huge")
-
-
-PLACES = ("", "on the left", "on the right", "at the top", "at the bottom", "in the center")
-
-
-BACKGROUNDS = ("", "plain", "gradient", "striped", "checkered", "noisy", "textured")
-
-
-PLAIN = {"noun": "photo", "look": "", "size": "", "place": "", "background": ""}
-
-
-SLOTS = {"noun": NOUNS, "look": LOOKS, "size": SIZES, "place": PLACES, "background": BACKGROUNDS}
+SLOTS = {
+    "noun": ("photo", "drawing", "cartoon", "sticker", "emoji", "flat icon"),
+    "look": ("", "gray", "black and white", "inverted", "blurry", "dark", "bright", "outlined"),
+    "size": ("", "tiny", "small", "large", "huge"),
+    "place": ("", "on the left", "on the right", "at the top", "at the bottom", "in the center"),
+    "background": ("", "plain", "gradient", "striped", "checkered", "noisy", "textured"),
+}
+PLAIN = {slot: words[0] for slot, words in SLOTS.items()}
 
 
 def sentence(thing: str, noun: str, look: str, size: str, place: str, background: str) -> str:
@@ -49,28 +40,21 @@ def sentence(thing: str, noun: str, look: str, size: str, place: str, background
 class ClipCaptioner:
     """Captions by retrieval with CLIP over a grammar of style, look, size, place and background.
 
-    The object is the class that the standard prompt finds; then, slot by slot, the word whose
-    sentence fits the image best ("nothing" takes part). So a caption says what the model believes,
-    true or not.
-
-    Args:
-        clip: the model.
-        objects: names that a caption can have as its object.
+    The object is the one of ``objects`` that the standard prompt finds; then, slot by slot, the
+    word whose sentence fits the image best ("nothing" takes part). So a caption says what the model
+    believes, true or not.
     """
 
     def __init__(self, clip: Clip, objects: Sequence[str]) -> None:
-        self.clip, self.objects = clip, [name.replace("_", " ").strip() for name in objects]
-        self._slots: dict[int, dict[str, Tensor]] = {}
-        self._keywords: dict[str, Span | None] = {}
+        self.clip, self.objects = clip, [plain_name(name) for name in objects]
+        self._memo: dict[str, Tensor] = {}
+
+    def _encode(self, texts: Sequence[str]) -> Tensor:
+        return encode_once(self.clip, [texts], self._memo)[0][0]
 
     def caption(self, image) -> str:
         """Caption of a PIL image."""
-        import numpy as np
-
-        from tpt_nb.core.images import as_rgb
-        from tpt_nb.views import center_view
-
-        pixels = np.asarray(center_view(as_rgb(image), self.clip.image_size)).copy()
+        pixels = np.array(center_view(as_rgb(image), self.clip.image_size))
         view = torch.from_numpy(pixels).permute(2, 0, 1)[None]
         return self.captions(self.clip.encode_views(view))[0]
 
@@ -78,13 +62,14 @@ class ClipCaptioner:
     def captions(self, features: Tensor, ids: Sequence[str] | None = None) -> list[str]:
         """Captions of images by their features ``[N,D]``; ``ids`` are not needed."""
         x = features.to(self.clip.device).float()
-        found = (x @ self._objects.T).argmax(1).tolist()
+        objects = self._encode([STANDARD.format(name) for name in self.objects])
         out = []
-        for row, thing in zip(x, found, strict=True):
-            words = dict(PLAIN)
-            for slot, vectors in self._slot_features(thing).items():
-                words[slot] = SLOTS[slot][int((vectors @ row).argmax())]
-            out.append(sentence(self.objects[thing], **words))
+        for row, found in zip(x, (x @ objects.T).argmax(1).tolist(), strict=True):
+            thing, best = self.objects[found], {}
+            for slot, words in SLOTS.items():
+                texts = [sentence(thing, **PLAIN | {slot: word}) + "." for word in words]
+                best[slot] = words[int((self._encode(texts) @ row).argmax())]
+            out.append(sentence(thing, **best))
         return out
 
     def keyword(self, caption: str) -> Span | None:
@@ -93,34 +78,11 @@ class ClipCaptioner:
         Like KeyBERT with unigrams and no stop words: of "birthday cake" one word at most. None if
         there is no word of two letters or more.
         """
-        if caption not in self._keywords:
-            spans = words_of(caption)
-            if spans:
-                texts = [caption, *(caption[a:b].lower() for a, b in spans)]
-                with quiet_tokens():
-                    features = self.clip.encode_text(texts)
-                self._keywords[caption] = spans[int((features[1:] @ features[0]).argmax())]
-            else:
-                self._keywords[caption] = None
-        return self._keywords[caption]
-
-    @functools.cached_property
-    def _objects(self) -> Tensor:
-        with quiet_tokens():
-            return self.clip.encode_text([STANDARD.format(name) for name in self.objects]).float()
-
-    def _slot_features(self, thing: int) -> dict[str, Tensor]:
-        if thing not in self._slots:
-            name = self.objects[thing]
-            texts = [
-                sentence(name, **PLAIN | {slot: word}) + "."
-                for slot, words in SLOTS.items()
-                for word in words
-            ]
-            with quiet_tokens():
-                parts = self.clip.encode_text(texts).float().split([len(w) for w in SLOTS.values()])
-            self._slots[thing] = dict(zip(SLOTS, parts, strict=True))
-        return self._slots[thing]
+        spans = words_of(caption)
+        if not spans:
+            return None
+        features = self._encode([caption, *(caption[a:b].lower() for a, b in spans)])
+        return spans[int((features[1:] @ features[0]).argmax())]
 
 
 class ViTGPT2:
@@ -144,28 +106,23 @@ class ViTGPT2:
     ) -> None:
         self.device, self.name, self.fetch, self.cache = device, name, fetch, cache
         self._keyword_model = keywords
-        self._known: dict[str, str] = {}
-        if cache is not None and cache.is_file():
-            self._known = json.loads(cache.read_text("utf-8"))
+        there = cache is not None and cache.is_file()
+        self._known: dict[str, str] = json.loads(cache.read_text("utf-8")) if there else {}
 
     @functools.cached_property
     def _parts(self) -> tuple:
         try:
             from transformers import AutoTokenizer, VisionEncoderDecoderModel, ViTImageProcessor
         except ImportError:
-            raise ValueError(_extras("transformers")) from None
+            raise ValueError(_needs("transformers")) from None
         try:
             model = VisionEncoderDecoderModel.from_pretrained(self.name).to(self.device).eval()
-            return (
-                model,
-                ViTImageProcessor.from_pretrained(self.name),
-                AutoTokenizer.from_pretrained(self.name),
-            )
+            others = (ViTImageProcessor, AutoTokenizer)
+            return model, *(kind.from_pretrained(self.name) for kind in others)
         except OSError as error:
-            first = str(error).strip().split("\n")[0]
             raise ValueError(
-                f"the captioner {self.name} cannot be loaded ({first}); it is downloaded once, "
-                "about 1 GB. Without a network use captioner=clip."
+                f"the captioner {self.name} cannot be loaded ({first_line(error)}); it is "
+                "downloaded once, about 1 GB. Without a network use captioner=clip."
             ) from error
 
     def caption(self, image) -> str:
@@ -176,7 +133,7 @@ class ViTGPT2:
     def caption_batch(self, images: Sequence) -> list[str]:
         """Captions of PIL images: beam search, 4 beams, at most 16 tokens, as the project has."""
         model, processor, tokenizer = self._parts
-        rgb = [image.convert("RGB") for image in images]
+        rgb = [as_rgb(image) for image in images]
         pixels = processor(images=rgb, return_tensors="pt").pixel_values.to(self.device)
         ids = model.generate(pixels, max_length=16, num_beams=4)
         return [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
@@ -191,9 +148,7 @@ class ViTGPT2:
             self._known.update(zip(missing, texts, strict=True))
             if self.cache is not None:
                 self.cache.parent.mkdir(parents=True, exist_ok=True)
-                temporary = self.cache.with_suffix(f".{os.getpid()}.tmp")
-                temporary.write_text(json.dumps(self._known), "utf-8")
-                os.replace(temporary, self.cache)
+                write_whole(self.cache, json.dumps(self._known))
         return [self._known[i] for i in ids]
 
     def keyword(self, caption: str) -> Span | None:
@@ -202,9 +157,35 @@ class ViTGPT2:
             try:
                 from keybert import KeyBERT
             except ImportError:
-                raise ValueError(_extras("keybert")) from None
+                raise ValueError(_needs("keybert")) from None
             self._keyword_model = KeyBERT()
         found = self._keyword_model.extract_keywords(
             caption, keyphrase_ngram_range=(1, 1), stop_words=None
         )
         return find_word(caption, found[0][0]) if found else None
+
+
+def _needs(package: str) -> str:
+    return (
+        f"the captioner vit-gpt2 needs {package}: pip install -r ci/requirements-extras.txt. "
+        "captioner=clip works without it."
+    )
+
+
+def make_captioner(name: str, clip: Clip, dataset, cache: str | Path | None = None):
+    """The captioner "clip" or "vit-gpt2" for the images of a data set.
+
+    Args:
+        cache: folder in which ViT-GPT2's captions are kept; None for the usual one.
+    """
+    if name == "clip":
+        return ClipCaptioner(clip, dataset.classnames)
+    if name != "vit-gpt2":
+        raise ValueError(unknown("captioner", name, ("clip", "vit-gpt2")))
+    position = {image_id: i for i, image_id in enumerate(dataset.ids)}
+    file = f"vit-gpt2-{dataset.name}-{dataset.fingerprint[:16]}.json"
+    return ViTGPT2(
+        str(clip.device),
+        fetch=lambda image_id: dataset[position[image_id]][0],
+        cache=Path(cache or cache_dir()) / "captions" / file,
+    )

@@ -1,10 +1,14 @@
-"""TODO."""
+"""RA-TTA: the method, its texts, transport plans, and image databases without labels.
+
+Nothing here may import a run. A file format of databases goes into ``database.py``, a way to make
+one into ``build.py``.
+"""
 
 from tpt_nb.methods.ra_tta.adapt import (
+    METHOD,
     Knowledge,
-    Settings,
+    Options,
     Trace,
-    bind,
     prototypes_of,
     quantile_over_views,
     ra_tta,
@@ -12,8 +16,6 @@ from tpt_nb.methods.ra_tta.adapt import (
     trace,
 )
 from tpt_nb.methods.ra_tta.build import (
-    FIRST,
-    PER_STYLE,
     Pictures,
     build,
     database_scene,
@@ -24,67 +26,22 @@ from tpt_nb.methods.ra_tta.build import (
     style_of,
     write_database,
 )
-from tpt_nb.methods.ra_tta.database import (
-    BLOCK,
-    FORMAT,
-    LARGE,
-    Database,
-    make_index,
-    map_tensor,
-    read_database,
-    read_pickled_embeddings,
-    read_test_embeddings,
-    recall,
-)
+from tpt_nb.methods.ra_tta.database import Database, read_database, read_test_embeddings
 from tpt_nb.methods.ra_tta.texts import (
     DESCRIPTIONS,
-    PRE_TEMPLATE,
     Texts,
     depictions,
     embed_texts,
     read_descriptions,
 )
-from tpt_nb.methods.ra_tta.transport import TRANSPORTS, monotone_plan, sinkhorn, transport_plan
+from tpt_nb.methods.ra_tta.transport import monotone_plan, sinkhorn, transport_plan
 
 __all__ = [
-    "BLOCK",
-    "DESCRIPTIONS",
-    "Database",
-    "FIRST",
-    "FORMAT",
-    "Knowledge",
-    "LARGE",
-    "PER_STYLE",
-    "PRE_TEMPLATE",
-    "Pictures",
-    "Settings",
-    "TRANSPORTS",
-    "Texts",
-    "Trace",
-    "bind",
-    "build",
-    "database_scene",
-    "database_spec",
-    "depictions",
-    "embed_texts",
-    "embedded_database",
-    "folder_pictures",
-    "iconshift_pictures",
-    "make_index",
-    "map_tensor",
-    "monotone_plan",
-    "prototypes_of",
-    "quantile_over_views",
-    "ra_tta",
-    "read_database",
-    "read_descriptions",
-    "read_pickled_embeddings",
-    "read_test_embeddings",
-    "recall",
-    "select_descriptions",
-    "sinkhorn",
-    "style_of",
-    "trace",
-    "transport_plan",
-    "write_database",
-]
+    "METHOD", "Knowledge", "Options", "Trace", "prototypes_of", "quantile_over_views", "ra_tta",
+    "select_descriptions", "trace",
+    "Pictures", "build", "database_scene", "database_spec", "embedded_database", "folder_pictures",
+    "iconshift_pictures", "style_of", "write_database",
+    "Database", "read_database", "read_test_embeddings",
+    "DESCRIPTIONS", "Texts", "depictions", "embed_texts", "read_descriptions",
+    "monotone_plan", "sinkhorn", "transport_plan",
+]  # fmt: skip

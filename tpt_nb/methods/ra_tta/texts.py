@@ -10,25 +10,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tpt_nb.core.paths import DATA
-from tpt_nb.methods.caption_prompts import words
+from tpt_nb.methods.caption_prompts import plain_name, quiet_tokens, with_article
 from tpt_nb.models import TEMPLATES, Clip
 
 DESCRIPTIONS = DATA / "descriptions" / "iconshift.json"
-
-
 PRE_TEMPLATE = "a photo of the {}. "  # of ImageNet, V2 and A in the authors' code
 
 
 @dataclass
 class Texts:
-    """What the classes look like, as embeddings.
+    """What the classes look like, as embeddings: unit norm, float32.
 
     ``classifier`` ``[C,D]`` is the mean of a class's templates and descriptions; ``vectors``
     ``[T,D]`` are the descriptions one by one (and the bare name of each class), ``owner`` ``[T]``
-    the class of each, ``sentences`` their texts. All unit norm, float32.
+    the class of each, ``sentences`` their texts.
     """
 
-    classnames: list[str]
     classifier: Tensor
     vectors: Tensor
     owner: Tensor
@@ -45,16 +42,20 @@ def read_descriptions(path: str | Path, classnames: Sequence[str]) -> list[list[
         raise ValueError(f"there is no file of descriptions at {path}.")
     try:
         raw = json.loads(path.read_text("utf-8"))
-        by_name = {_plain(name): [str(s).strip() for s in some] for name, some in raw.items()}
+        by_name = {_spelt(name): [str(s).strip() for s in some] for name, some in raw.items()}
     except (ValueError, AttributeError, TypeError) as error:
         raise ValueError(f"{path} is not {{class: [sentences]}} in JSON ({error}).") from None
-    missing = [name for name in classnames if not by_name.get(_plain(name))]
+    missing = [name for name in classnames if not by_name.get(_spelt(name))]
     if missing:
         raise ValueError(
             f"{path} describes {len(by_name)} classes, but not {len(missing)} of the "
             f"{len(classnames)} that are asked for: {', '.join(missing[:5])} ..."
         )
-    return [by_name[_plain(name)] for name in classnames]
+    return [by_name[_spelt(name)] for name in classnames]
+
+
+def _spelt(name: str) -> str:
+    return " ".join(plain_name(name).lower().split())
 
 
 def depictions(classnames: Sequence[str]) -> list[list[str]]:
@@ -68,7 +69,7 @@ def depictions(classnames: Sequence[str]) -> list[list[str]]:
         "a flat icon of {}", "a large photo of {}", "a small picture of {}",
         "a black and white image of {}", "a sketch photo of {}", "a bright picture of {}",
     )  # fmt: skip
-    return [[f"{p.format(words.with_article(name))}." for p in patterns] for name in classnames]
+    return [[f"{p.format(with_article(name))}." for p in patterns] for name in classnames]
 
 
 @torch.no_grad()
@@ -76,43 +77,31 @@ def embed_texts(
     clip: Clip,
     classnames: Sequence[str],
     descriptions: Sequence[Sequence[str]],
-    templates: str | Sequence[str] = "single",
-    pre_template: str = PRE_TEMPLATE,
+    templates: str = "single",
 ) -> Texts:
     """Embed templates and descriptions as RA-TTA does.
 
     Args:
         descriptions: for each class any number of sentences, none too.
-        templates: a key of ``prompts.TEMPLATES`` or sentences with one ``{}``; they and the
-            descriptions make the classifier (as CuPL: encode, normalise, mean, normalise).
-        pre_template: put in front of each description for retrieval; alone, it is the bare name.
+        templates: a key of ``models.TEMPLATES``; they and the descriptions make the classifier (as
+            CuPL: encode, normalise, mean, normalise). For retrieval each description stands behind
+            ``PRE_TEMPLATE``, which alone is the bare name.
     """
     if len(descriptions) != len(classnames):
         raise ValueError(f"{len(descriptions)} lists of descriptions, {len(classnames)} classes.")
-    templates = TEMPLATES[templates] if isinstance(templates, str) else templates
-    names = [name.replace("_", " ").strip() for name in classnames]
-    whole = [
-        [t.format(n) for t in templates] + list(d) for n, d in zip(names, descriptions, strict=True)
-    ]
-    single = [
-        [pre_template.format(n) + s for s in d] + [pre_template.format(n).strip()]
-        for n, d in zip(names, descriptions, strict=True)
-    ]
-    flat = [s for some in (*whole, *single) for s in some]
-    with words.quiet_tokens():
-        features = clip.encode_text(flat).float().cpu()
-    parts = features.split([len(some) for some in (*whole, *single)])
+    names = [plain_name(name) for name in classnames]
+    each = list(zip(names, descriptions, strict=True))
+    whole = [[t.format(n) for t in TEMPLATES[templates]] + list(d) for n, d in each]
+    single = [[PRE_TEMPLATE.format(n) + s for s in (*d, "")] for n, d in each]
+    single = [[s.strip() for s in some] for some in single]
+    lists = whole + single
+    with quiet_tokens():
+        features = clip.encode_text([s for some in lists for s in some]).float().cpu()
+    parts = features.split([len(some) for some in lists])
     c = len(names)
-    classifier = torch.stack([p.mean(0) for p in parts[:c]])
-    owner = [i for i, some in enumerate(single) for _ in some]
     return Texts(
-        classnames=list(classnames),
-        classifier=F.normalize(classifier, dim=-1),
+        classifier=F.normalize(torch.stack([p.mean(0) for p in parts[:c]]), dim=-1),
         vectors=torch.cat(parts[c:]),
-        owner=torch.tensor(owner),
+        owner=torch.tensor([i for i, some in enumerate(single) for _ in some]),
         sentences=[s for some in single for s in some],
     )
-
-
-def _plain(name: str) -> str:
-    return " ".join(str(name).replace("_", " ").lower().split())

@@ -1,7 +1,9 @@
-"""Transport plans between views and descriptions."""
+"""Transport plans between places on a line; the cost is the distance |x - y|."""
 
 import torch
 from torch import Tensor
+
+from tpt_nb.core.messages import unknown
 
 TRANSPORTS = ("entropic", "exact", "independent", "mean")
 
@@ -9,11 +11,11 @@ TRANSPORTS = ("entropic", "exact", "independent", "mean")
 def sinkhorn(
     a: Tensor, b: Tensor, cost: Tensor, reg: float, iterations: int = 100, tol: float = 1e-2
 ) -> Tensor:
-    """Entropic transport plans, as POT's ``ot.sinkhorn`` (Cuturi 2013): ``[...,V,K]``, float64.
+    """Entropic transport plans, a batch of POT's ``ot.sinkhorn`` (Cuturi 2013), float64.
 
     Args:
         a, b: marginals ``[...,V]`` and ``[...,K]``.
-        cost: ``[...,V,K]``.
+        cost: ``[...,V,K]``, as the plans.
         reg: weight of the entropy.
         iterations, tol: like POT's numItermax and stopThr; the error of the second marginal is
             looked at after the first iteration and then after every tenth.
@@ -36,14 +38,11 @@ def sinkhorn(
 
 
 def monotone_plan(x: Tensor, a: Tensor, y: Tensor, b: Tensor) -> Tensor:
-    """The exact optimal plan between points on a line, ``[...,V,K]``, float64.
+    """The exact optimal plan ``[...,V,K]`` between places x ``[...,V]`` and y ``[...,K]``, float64.
 
-    For the cost |x - y| (every convex one) it is optimal to move mass in order: sort both sides,
-    lay the masses end to end on [0,1], and what lies above each other belongs together.
-
-    Args:
-        x, y: places ``[...,V]`` and ``[...,K]``.
-        a, b: their masses, each adding up to 1.
+    Where the cost is convex in x - y it is optimal to move mass in order: sort both sides, lay the
+    masses a and b (each adds up to 1) end to end on [0,1]; what lies above each other belongs
+    together.
     """
     x, a, y, b = (t.double() for t in (x, a, y, b))
     order_x, order_y = x.argsort(dim=-1, stable=True), y.argsort(dim=-1, stable=True)
@@ -63,6 +62,8 @@ def transport_plan(kind: str, x: Tensor, a: Tensor, y: Tensor, b: Tensor, reg: f
     "entropic" is what the authors run (Sinkhorn, stopped early), "exact" the optimum,
     "independent" moves from everywhere to everywhere, "mean" too, and forgets the masses.
     """
+    if kind not in TRANSPORTS:
+        raise ValueError(unknown("transport", kind, TRANSPORTS))
     if kind == "entropic":
         return sinkhorn(a, b, (x[..., :, None] - y[..., None, :]).abs(), reg)
     if kind == "exact":
