@@ -6,7 +6,7 @@ import torch
 from tpt_nb.losses import (
     LOSSES,
     entropy,
-    get_loss,
+    get,
     log_mean_prob,
     marginal_entropy,
     mean_entropy,
@@ -85,23 +85,23 @@ class TestEveryEntropy:
     def test_order_of_the_augmented_views_is_nothing(self, name):
         logits = random_logits(24, 8)
         order = torch.cat([torch.zeros(1, dtype=torch.long), 1 + torch.randperm(23)])
-        torch.testing.assert_close(get_loss(name)(logits[order], 0.3), get_loss(name)(logits, 0.3))
+        torch.testing.assert_close(get(name)(logits[order], 0.3), get(name)(logits, 0.3))
 
     def test_gradient_equals_finite_differences(self, name):
         logits = random_logits(10, 6, scale=1).requires_grad_(True)
         chosen = select_confident(logits, 0.3)
-        assert torch.autograd.gradcheck(lambda z: get_loss(name)(z, 0.3, chosen), (logits,))
+        assert torch.autograd.gradcheck(lambda z: get(name)(z, 0.3, chosen), (logits,))
 
     def test_given_selection_is_used(self, name):
         logits = random_logits(10, 6)
         chosen = select_confident(logits, 0.3)
-        loss = get_loss(name)
+        loss = get(name)
         torch.testing.assert_close(loss(logits, 0.3, chosen), loss(logits, 0.3))
         assert loss(logits, 0.3, torch.tensor([9, 8])) != loss(logits, 0.3)
 
     def test_runs_under_vmap(self, name):
         logits = random_logits(5, 12, 7)
-        loss = get_loss(name)
+        loss = get(name)
         values, gradients = torch.vmap(torch.func.grad_and_value(lambda z: loss(z, 0.2)))(logits)[
             ::-1
         ]
@@ -115,13 +115,13 @@ class TestEveryEntropy:
     @pytest.mark.parametrize("classes", [1, 2, 200])
     def test_extreme_logits_stay_finite(self, name, classes):
         logits = random_logits(16, classes, scale=1e4, dtype=torch.float32).requires_grad_(True)
-        value = get_loss(name)(logits, 0.25)
+        value = get(name)(logits, 0.25)
         value.backward()
         assert value.isfinite() and logits.grad.isfinite().all()
         assert -1e-5 <= value <= math.log(classes) + 1e-5
 
 
 def test_names():
-    assert get_loss("defaultTPT") is marginal_entropy
+    assert get("defaultTPT") is marginal_entropy
     with pytest.raises(ValueError, match="unknown loss 'entropie'.*marginal_entropy"):
-        get_loss("entropie")
+        get("entropie")

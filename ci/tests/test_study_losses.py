@@ -11,13 +11,16 @@ from test_losses import random_logits
 from tpt_nb import methods
 from tpt_nb.losses import (
     LOSSES,
+    Patches,
     entropy,
-    get_loss,
+    get,
+    names,
     needs_patches,
     neighbours,
     select_confident,
     select_in_groups,
     shared_area,
+    with_selection,
 )
 from tpt_nb.models import Prompts
 
@@ -30,7 +33,7 @@ GROUPS = (5, 3)
 
 
 def bound(name: str, groups=GROUPS, **options):
-    return get_loss(name, groups=groups, **options)
+    return get(name, groups=groups, **options)
 
 
 def H(*p: float) -> float:
@@ -162,19 +165,17 @@ def test_soft():
     geometric = [math.sqrt(a * b) for a, b in zip(VIEWS[1], VIEWS[2], strict=True)]
     t = [x / sum(geometric) for x in geometric]  # 0.526, 0.350, 0.124
     logits = logits_of(VIEWS)
-    assert get_loss("crossentropy_soft_study")(logits, 0.5).item() == pytest.approx(doubled(t))
+    assert get("crossentropy_soft_study")(logits, 0.5).item() == pytest.approx(doubled(t))
     assert doubled(t) == pytest.approx(1.0472, abs=5e-4)
     mean = [(a + b) / 2 for a, b in zip(VIEWS[1], VIEWS[2], strict=True)]  # 0.5, 0.425, 0.075
-    assert get_loss("crossentropy_soft")(logits, 0.5).item() == pytest.approx(single(mean))
+    assert get("crossentropy_soft")(logits, 0.5).item() == pytest.approx(single(mean))
     assert single(mean) == pytest.approx(0.9790, abs=5e-4)
 
 
 def test_hard1():
     logits = logits_of(VIEWS)  # class 0 has the largest mean logit and the largest probability
-    assert get_loss("crossentropy_hard1_study")(logits, 0.5).item() == pytest.approx(
-        doubled((1, 0, 0))
-    )
-    assert get_loss("crossentropy_hard1")(logits, 0.5).item() == pytest.approx(-math.log(0.5))
+    assert get("crossentropy_hard1_study")(logits, 0.5).item() == pytest.approx(doubled((1, 0, 0)))
+    assert get("crossentropy_hard1")(logits, 0.5).item() == pytest.approx(-math.log(0.5))
 
 
 def test_hard1_of_the_study_takes_the_largest_mean_logit():
@@ -183,10 +184,8 @@ def test_hard1_of_the_study_takes_the_largest_mean_logit():
     kept = [(0.97, 0.0299, 0.0001), (0.002, 0.018, 0.98)]
     rows = [VIEWS[0], *kept, (0.34, 0.33, 0.33), (0.33, 0.34, 0.33)]
     logits = logits_of(rows)
-    assert get_loss("crossentropy_hard1_study")(logits, 0.5).item() == pytest.approx(
-        doubled((1, 0, 0))
-    )
-    assert get_loss("crossentropy_hard1")(logits, 0.5).item() == pytest.approx(-math.log(0.2))
+    assert get("crossentropy_hard1_study")(logits, 0.5).item() == pytest.approx(doubled((1, 0, 0)))
+    assert get("crossentropy_hard1")(logits, 0.5).item() == pytest.approx(-math.log(0.2))
 
 
 def test_hard5():
@@ -200,11 +199,11 @@ def test_hard5():
     p = [x / sum(p) for x in p]
     e = [math.exp(x) for x in p]
     by_hand = -sum(a * math.log(x / sum(e)) for a, x in zip(t, e, strict=True))
-    assert get_loss("crossentropy_hard5_study")(logits, 0.5).item() == pytest.approx(by_hand)
+    assert get("crossentropy_hard5_study")(logits, 0.5).item() == pytest.approx(by_hand)
     mean = np.mean([np.exp(r) / np.exp(r).sum() for r in logits[1:3].numpy()], axis=0)
     target = mean[:5] / mean[:5].sum()
     by_hand = -sum(a * math.log(x) for a, x in zip(target, p, strict=False))
-    assert get_loss("crossentropy_hard5")(logits, 0.5).item() == pytest.approx(by_hand)
+    assert get("crossentropy_hard5")(logits, 0.5).item() == pytest.approx(by_hand)
 
 
 # --- by loops, on random logits ------------------------------------------------------------------
@@ -371,7 +370,7 @@ def test_extreme_logits_stay_finite(name, classes):
 def test_the_second_softmax_confines_the_loss_and_its_gradient():
     """-log softmax(softmax(z)) lies in [log(e+C-1) - 1, log(e+C-1)] and is flat at one-hots."""
     top = math.log(math.e + 199)
-    loss, corrected = get_loss("crossentropy_hard1_study"), get_loss("crossentropy_hard1")
+    loss, corrected = get("crossentropy_hard1_study"), get("crossentropy_hard1")
     for seed in range(20):
         value = loss(random_logits(64, 200, seed=seed, scale=3), 0.1)
         assert top - 1 <= value <= top
@@ -502,7 +501,7 @@ def test_fast_equals_paper(mini64, name, steps):
 
 def test_selection_in_groups():
     logits = random_logits(15, 7)
-    chosen = select_in_groups(logits, 0.1, groups=GROUPS, rho_patch=0.7).reshape(5, 2)
+    chosen = select_in_groups(logits, 0.1, Patches(GROUPS, rho_patch=0.7)).reshape(5, 2)
     for g in range(5):
         best = select_confident(logits[3 * g : 3 * g + 3], 0.7) + 3 * g
         assert chosen[g].tolist() == best.tolist()
@@ -514,16 +513,16 @@ def test_selection_in_groups():
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda z: get_loss("patch_loss7"), "unknown loss 'patch_loss7'.*patch_loss6_study"),
-        (lambda z: get_loss("patch_loss1"), "'patch_loss1' looks at patches.*groups=augmenter"),
-        (lambda z: get_loss("patch_loss1", (1, 64)), r"views have none \(groups=\(1, 64\)\)"),
-        (lambda z: get_loss("patch_loss1", (4, 2)), "3 patches, which make no square"),
-        (lambda z: get_loss("patch_loss1", (5, 2), rho_patch=0), r"\(0,1\], got 0"),
-        (lambda z: get_loss("patch_loss3", (5, 2))(z), "5 groups of 2 views, 10.*there are 15"),
-        (lambda z: get_loss("patch_loss5", (5, 2))(z), "5 groups of 2 views, 10.*there are 15"),
-        (lambda z: get_loss("patch_loss1_study", (15 + 2, 1))(z), r"int\(1 \* 0.9\) = 0.*_study"),
-        (lambda z: get_loss("crossentropy_soft_study")(z[:9]), r"int\(8 \* 0.1\) = 0.*_study"),
-        (lambda z: get_loss("crossentropy_soft")(z[:1]), "only the image itself"),
+        (lambda z: get("patch_loss7"), "unknown loss 'patch_loss7'.*patch_loss6_study"),
+        (lambda z: get("patch_loss1"), "'patch_loss1' looks at patches.*groups=augmenter"),
+        (lambda z: get("patch_loss1", (1, 64)), r"views have none \(groups=\(1, 64\)\)"),
+        (lambda z: get("patch_loss1", (4, 2)), "3 patches, which make no square"),
+        (lambda z: get("patch_loss1", (5, 2), rho_patch=0), r"\(0,1\], got 0"),
+        (lambda z: get("patch_loss3", (5, 2))(z), "5 groups of 2 views, 10.*there are 15"),
+        (lambda z: get("patch_loss5", (5, 2))(z), "5 groups of 2 views, 10.*there are 15"),
+        (lambda z: get("patch_loss1_study", (15 + 2, 1))(z), r"int\(1 \* 0.9\) = 0.*_study"),
+        (lambda z: get("crossentropy_soft_study")(z[:9]), r"int\(8 \* 0.1\) = 0.*_study"),
+        (lambda z: get("crossentropy_soft")(z[:1]), "only the image itself"),
     ],
 )
 def test_mistakes_are_named(call, message):
@@ -532,5 +531,34 @@ def test_mistakes_are_named(call, message):
 
 
 def test_an_unknown_option_is_named():
-    with pytest.raises(TypeError, match=r"patch_loss6 takes no \['beta'\]; .*'alpha'"):
-        LOSSES["patch_loss6"](random_logits(15, 4), 0.1, groups=GROUPS, beta=2)
+    with pytest.raises(TypeError, match="beta"):
+        get("patch_loss6", groups=GROUPS, beta=2)
+
+
+def test_a_loss_says_what_it_takes():
+    takes = {name: LOSSES[name].takes for name in names()}
+    assert takes["patch_loss6"] == takes["patch_loss6_study"] == ("alpha",)
+    assert takes["overlap_affinity"] == ("overlap",) and not takes["marginal_entropy"]
+    logits = random_logits(15, 4, scale=1)
+    values = {"rho_patch": 0.4, "alpha": 3.0, "overlap": 0.5}
+    for name in (*PATCH, *PLACES):
+        plain = bound(name)(logits)
+        moved = {k for k, v in values.items() if bound(name, **{k: v})(logits) != plain}
+        assert moved == set(takes[name]) or (name == "patch_loss2" and not moved)
+    with pytest.raises(ValueError, match="looks at patches: losses.get"):
+        LOSSES["patch_loss6"](logits)
+
+
+def test_a_function_of_ones_own():
+    logits = random_logits(15, 4)
+    plain = with_selection(lambda z, rho: z.sum() * rho)
+    assert plain(logits, 0.5, torch.tensor([3])) == logits.sum() * 0.5
+    assert plain.select(logits, 0.3).tolist() == select_confident(logits, 0.3).tolist()
+
+    def chosen(z, rho, selected):
+        return z[selected].sum()
+
+    chosen.select = lambda z, rho: torch.tensor([2])
+    loss = with_selection(chosen)
+    assert loss(logits, 0.1) == logits[2].sum() and loss(logits, 0.1, [1]) == logits[1].sum()
+    assert with_selection(loss) is loss

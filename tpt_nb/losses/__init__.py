@@ -1,87 +1,26 @@
-"""TODO."""
+"""Losses of test-time adaptation: logits ``[V,C]`` of the views of one image -> scalar.
+
+Never import methods or runs here. One more loss: a :class:`Loss` in a file of its own and a line in
+``registry.LOSSES``.
+"""
 
 from tpt_nb.losses.marginal import (
     Loss,
+    Patches,
     check_rho,
     entropy,
     log_mean_prob,
     marginal_entropy,
     mean_entropy,
     select_confident,
+    with_selection,
 )
-from tpt_nb.losses.patches import (
-    EPSILON,
-    Groups,
-    neighbour_agreement,
-    neighbours,
-    overlap_affinity,
-    patch_loss1,
-    patch_loss1_study,
-    patch_loss2,
-    patch_loss2_study,
-    patch_loss3,
-    patch_loss3_study,
-    patch_loss4,
-    patch_loss4_study,
-    patch_loss5,
-    patch_loss5_study,
-    patch_loss6,
-    patch_loss6_study,
-    select_all,
-    select_in_groups,
-    select_in_groups_study,
-    shared_area,
-)
-from tpt_nb.losses.registry import LOSSES, get_loss, needs_patches
-from tpt_nb.losses.study import (
-    crossentropy_hard1,
-    crossentropy_hard1_study,
-    crossentropy_hard5,
-    crossentropy_hard5_study,
-    crossentropy_soft,
-    crossentropy_soft_study,
-    select_augmented,
-    select_augmented_study,
-)
+from tpt_nb.losses.patches import neighbours, select_in_groups, shared_area
+from tpt_nb.losses.registry import LOSSES, get, get_loss, names, needs_patches
+from tpt_nb.losses.study import crossentropy_hard1, select_augmented
 
 __all__ = [
-    "EPSILON",
-    "Groups",
-    "LOSSES",
-    "Loss",
-    "check_rho",
-    "crossentropy_hard1",
-    "crossentropy_hard1_study",
-    "crossentropy_hard5",
-    "crossentropy_hard5_study",
-    "crossentropy_soft",
-    "crossentropy_soft_study",
-    "entropy",
-    "get_loss",
-    "log_mean_prob",
-    "marginal_entropy",
-    "mean_entropy",
-    "needs_patches",
-    "neighbour_agreement",
-    "neighbours",
-    "overlap_affinity",
-    "patch_loss1",
-    "patch_loss1_study",
-    "patch_loss2",
-    "patch_loss2_study",
-    "patch_loss3",
-    "patch_loss3_study",
-    "patch_loss4",
-    "patch_loss4_study",
-    "patch_loss5",
-    "patch_loss5_study",
-    "patch_loss6",
-    "patch_loss6_study",
-    "select_all",
-    "select_augmented",
-    "select_augmented_study",
-    "select_confident",
-    "select_in_groups",
-    "select_in_groups_study",
-    "shared_area",
-]
+    "LOSSES", "Loss", "Patches", "check_rho", "crossentropy_hard1", "entropy", "get", "get_loss",
+    "log_mean_prob", "marginal_entropy", "mean_entropy", "names", "needs_patches", "neighbours",
+    "select_augmented", "select_confident", "select_in_groups", "shared_area", "with_selection",
+]  # fmt: skip

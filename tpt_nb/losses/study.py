@@ -1,8 +1,48 @@
-"""The study's losses over views: soft, hard1, hard5; as written and as coded."""
+"""The losses of the study "TPT with patches", as it describes them and as it coded them.
 
-import inspect
+Its notebook describes nine losses and codes some of them otherwise than it says. ``<name>_study``
+is the code, ``<name>`` is what the text says: here the three that are cross-entropies with the
+augmented views, in :mod:`tpt_nb.losses.patches` the six that look at patches. E_g is the marginal
+entropy of the confident views of group g (a fraction ``rho_patch`` of them), c_g their most
+frequent class, z_0 the logits of the un-augmented image.
+
+==================  ==================================  ==========================================
+loss                as the study coded it               corrected
+==================  ==================================  ==========================================
+patch_loss1         cross-entropy of z_0 with the       the same; of two equally frequent classes
+                    patches' votes c_g, weights 1/E_g;  c_g is the more probable one
+                    of two equally frequent classes
+                    c_g is the smaller number
+patch_loss2         cross-entropy of z_0 with the       the same, c_g as above
+                    class that wins that vote
+patch_loss3         mean of E_g with weights 1/E_g;     weights without gradient
+                    the gradient flows through the
+                    weights too, which makes it the
+                    harmonic mean
+patch_loss4         smallest E_g, that of the whole     smallest E_g among the patches
+                    image (group 0) included
+patch_loss5         product of experts: weights 1/H_g   entropy of the mean of the probabilities,
+                    on log-probabilities, not           normalised weights 1/H_g without gradient
+                    normalised, with gradient
+patch_loss6         as 5, weights exp(-alpha H_g)       as 5, weights softmax(-alpha H_g)
+crossentropy_soft   softmax of z_0 goes through a       -sum t log softmax(z_0); t is the mean of
+                    second softmax; target t = softmax  the probabilities of the confident views,
+                    of the mean logits, with gradient   without gradient
+crossentropy_hard1  second softmax; t: the largest      t: the largest mean probability
+                    mean logit
+crossentropy_hard5  second softmax; t: the five         t: the five largest mean probabilities,
+                    largest mean logits, divided by     divided by their sum
+                    their sum (about 1/5 each)
+all of them         fail or give NaN where a group      keep at least one view of each group;
+                    keeps no view (n_aug=0); 1-4 fail   groups are counted on the views: any
+                    unless n_patches is a square        number of patches and of copies
+==================  ==================================  ==========================================
+
+The first AdamW step is a sign step: a positive factor of a loss changes nothing, only the signs of
+its gradient do. That is why the double softmax, whose gradient is tiny, still works.
+"""
+
 from collections.abc import Callable
-from functools import wraps
 
 import torch
 from torch import Tensor
@@ -20,7 +60,7 @@ def select_augmented(logits: Tensor, rho: float) -> Tensor:
     return 1 + select_confident(logits[..., 1:, :], rho)
 
 
-def select_augmented_study(logits: Tensor, rho: float) -> Tensor:
+def _select_augmented_study(logits: Tensor, rho: float) -> Tensor:
     """The same, but an error where the study's code keeps int((V-1) * rho) = 0 views."""
     views = logits.shape[-2] - 1
     if int(views * rho) == 0:
@@ -31,38 +71,14 @@ def select_augmented_study(logits: Tensor, rho: float) -> Tensor:
     return select_augmented(logits, rho)
 
 
-def _selects(rule: Callable[..., Tensor]) -> Callable[[Callable], Loss]:
-    """Make a loss of a function of (logits, rho, selected): without ``selected``, the rule selects.
-
-    The keywords of both (``layout``) become keywords of the loss; each gets those that it takes.
-    """
-
-    def make(function: Callable[..., Tensor]) -> Loss:
-        takes = {f: list(inspect.signature(f).parameters)[2:] for f in (rule, function)}
-        layout = [name for name in dict.fromkeys(sum(takes.values(), [])) if name != "selected"]
-
-        @wraps(function)
-        def loss(
-            logits: Tensor, rho: float = 0.1, selected: Tensor | None = None, **given
-        ) -> Tensor:
-            unknown = sorted(set(given) - set(layout))
-            if unknown:
-                raise TypeError(f"{function.__name__} takes no {unknown}; it takes {layout}")
-            if selected is None:
-                selected = rule(logits, rho, **{k: given[k] for k in takes[rule] if k in given})
-            given = {k: given[k] for k in takes[function] if k in given}
-            return function(logits, rho, selected, **given)
-
-        del loss.__wrapped__  # its signature has no **given
-        loss.select, loss.layout = rule, layout
-        return loss
-
-    return make
-
-
-def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     """``-sum target * log softmax(logits[0])``; the target ``[C]`` is a constant."""
     return -(target.detach() * logits[0].log_softmax(dim=-1)).sum()
+
+
+def one_hot(classes: Tensor, like: Tensor) -> Tensor:
+    """``[...] -> [...,C]`` of the dtype of ``like`` ``[...,C]``; F.one_hot does not run in vmap."""
+    return (classes[..., None] == torch.arange(like.shape[-1], device=like.device)).to(like.dtype)
 
 
 def _peaks(scores: Tensor, k: int) -> Tensor:
@@ -71,49 +87,36 @@ def _peaks(scores: Tensor, k: int) -> Tensor:
     return torch.zeros_like(scores).scatter(-1, where, best / best.sum())
 
 
-@_selects(select_augmented)
-def crossentropy_soft(logits: Tensor, rho: float, selected: Tensor) -> Tensor:
-    """Cross-entropy of the image with the mean prediction of its confident augmented views."""
-    return _cross_entropy(logits, log_mean_prob(logits[selected]).exp())
+def _twins(about: str, written: Callable, coded: Callable) -> tuple[Loss, Loss]:
+    """The loss as written, and as coded.
+
+    ``written`` makes the target of the mean probability ``[C]`` of the confident augmented views,
+    ``coded`` of their mean logits ``[C]``.
+    """
+
+    def once(logits: Tensor, selected: Tensor) -> Tensor:
+        return cross_entropy(logits, written(log_mean_prob(logits[selected]).exp()))
+
+    def twice(logits: Tensor, selected: Tensor) -> Tensor:
+        log_probs = logits[0].softmax(dim=-1).log_softmax(dim=-1)
+        return -(coded(logits[selected].mean(dim=0)) * log_probs).sum()
+
+    as_coded = f"The study's code of: {about}"
+    return Loss(once, select_augmented, about), Loss(twice, _select_augmented_study, as_coded)
 
 
-@_selects(select_augmented)
-def crossentropy_hard1(logits: Tensor, rho: float, selected: Tensor) -> Tensor:
-    """Cross-entropy with the class that is most probable on average in the confident views."""
-    return _cross_entropy(logits, _peaks(log_mean_prob(logits[selected]).exp(), 1))
-
-
-@_selects(select_augmented)
-def crossentropy_hard5(logits: Tensor, rho: float, selected: Tensor) -> Tensor:
-    """Cross-entropy with the five classes that are most probable on average, renormalised."""
-    return _cross_entropy(logits, _peaks(log_mean_prob(logits[selected]).exp(), 5))
-
-
-def _crossentropy_study(logits, selected, target: Callable[[Tensor], Tensor]) -> Tensor:
-    twice = logits[0].softmax(dim=-1).log_softmax(dim=-1)
-    return -(target(logits[selected].mean(dim=0)) * twice).sum()
-
-
-@_selects(select_augmented_study)
-def crossentropy_soft_study(logits: Tensor, rho: float, selected: Tensor) -> Tensor:
-    """The study's code of :func:`crossentropy_soft`; see the table above."""
-    return _crossentropy_study(logits, selected, lambda mean: mean.softmax(dim=-1))
-
-
-@_selects(select_augmented_study)
-def crossentropy_hard1_study(logits: Tensor, rho: float, selected: Tensor) -> Tensor:
-    """The study's code of :func:`crossentropy_hard1`; see the table above."""
-    return _crossentropy_study(
-        logits, selected, lambda mean: _one_hot(mean.detach().argmax(dim=-1), mean)
-    )
-
-
-@_selects(select_augmented_study)
-def crossentropy_hard5_study(logits: Tensor, rho: float, selected: Tensor) -> Tensor:
-    """The study's code of :func:`crossentropy_hard5`; see the table above."""
-    return _crossentropy_study(logits, selected, lambda mean: _peaks(mean, 5))
-
-
-def _one_hot(classes: Tensor, like: Tensor) -> Tensor:
-    """``[...] -> [...,C]`` of the dtype of ``like`` ``[...,C]``; F.one_hot does not run in vmap."""
-    return (classes[..., None] == torch.arange(like.shape[-1], device=like.device)).to(like.dtype)
+crossentropy_soft, crossentropy_soft_study = _twins(
+    "Cross-entropy of the image with the mean prediction of its confident augmented views.",
+    written=lambda mean: mean,
+    coded=lambda mean: mean.softmax(dim=-1),
+)
+crossentropy_hard1, crossentropy_hard1_study = _twins(
+    "Cross-entropy with the class that is most probable on average in the confident views.",
+    written=lambda mean: _peaks(mean, 1),
+    coded=lambda mean: one_hot(mean.detach().argmax(dim=-1), mean),
+)
+crossentropy_hard5, crossentropy_hard5_study = _twins(
+    "Cross-entropy with the five classes that are most probable on average, renormalised.",
+    written=lambda mean: _peaks(mean, 5),
+    coded=lambda mean: _peaks(mean, 5),
+)
