@@ -117,7 +117,7 @@ def load_folder(
         items = sorted(
             (path.relative_to(root).as_posix(), label[folder], path)
             for folder in folders
-            for path in _images(root / folder)
+            for path in image_files(root / folder)
         )
     if not items:
         raise ValueError(
@@ -155,7 +155,7 @@ def _hidden(name: str) -> bool:
     return name.startswith((".", "__"))
 
 
-def _images(folder: Path) -> list[Path]:
+def image_files(folder: Path) -> list[Path]:
     found = []
     for base, inner, names in os.walk(folder, followlinks=True):
         inner[:] = [name for name in inner if not _hidden(name)]

@@ -7,8 +7,9 @@ the files on Google Drive those that CoOp's page of data sets and SuS-X name.
 import os
 from pathlib import Path
 
-from tpt_nb.core.download import Source, fetch, unpack
+from tpt_nb.core.download import Source, fetch
 from tpt_nb.core.paths import datasets_dir
+from tpt_nb.core.unpack import ARCHIVES, is_unpacked, unpack
 
 _VGG = "https://www.robots.ox.ac.uk/~vgg/data"
 
@@ -215,16 +216,14 @@ def get(name: str, root: str | Path | None = None, progress: bool = True) -> Pat
     folder = Path(root) if root else datasets_dir() / name
     keep = os.environ.get("TPT_NB_ARCHIVES")
     for source in SOURCES[name]:
-        if not source.is_archive:
+        if not source.filename.endswith(ARCHIVES):
             fetch(source, folder, progress)
-        elif not (folder / ".unpacked" / f"{source.filename}.json").is_file():
+        elif not is_unpacked(source.filename, folder):
             archive = fetch(source, Path(keep) if keep else folder, progress)
             try:
                 unpack(archive, folder, source.inner)
             except ValueError:
-                if not (
-                    source.sha256 or source.md5
-                ):  # the download may be at fault: next time anew
+                if not source.checksum:  # the download may be at fault: next time anew
                     archive.unlink(missing_ok=True)
                 raise
             if not keep:

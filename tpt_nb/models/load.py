@@ -207,7 +207,7 @@ def fetch_weights(model: str) -> Path | None:
 def _openai_archive(model: str) -> Path:
     from tpt_nb.core.download import fetch
 
-    return fetch(_archive_source(model), ARCHIVES_DIR, tries=3)
+    return fetch(_archive_source(model), ARCHIVES_DIR)
 
 
 def _archive_source(model: str):
