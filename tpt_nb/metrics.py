@@ -1,24 +1,21 @@
 """Numbers from records: accuracy, entropy, calibration, intervals and paired tests.
 
-A record is one image of a run (see ``experiment``); every function here takes a list of such dicts
-or a ``pandas.DataFrame`` of them, and returns plain Python numbers, tuples, dicts or a
-``DataFrame``. "before" is the prediction with the initial prompt on the un-augmented image, "after"
+A record is one image of a run (see ``runs``); every function here takes a list of such dicts or a
+``pandas.DataFrame`` of them, and returns plain Python numbers, tuples, dicts or a ``DataFrame``.
+"before" is the prediction with the initial prompt on the un-augmented image, "after"
 that of the adapted one. Fractions are in [0, 1], entropies and cross-entropies in nats. Intervals
 are 95 % unless ``level`` says otherwise.
 """
 
 import math
 from collections.abc import Iterable, Mapping
+from statistics import NormalDist
 
 import numpy as np
 import pandas as pd
 
 Records = Iterable[Mapping] | pd.DataFrame
-
-
 NEEDED = ["id", "target", "pred_before", "pred_after"]
-
-
 WHEN = ("before", "after")
 
 
@@ -43,7 +40,7 @@ def frame(records: Records) -> pd.DataFrame:
 def correct(records: Records, when: str = "after") -> np.ndarray:
     """bool [N]: was the prediction right? ``when`` is "before" or "after"."""
     table = frame(records)
-    return (table[f"pred_{_when(when)}"] == table["target"]).to_numpy()
+    return _column(table, "pred", when) == table["target"].to_numpy()
 
 
 def accuracy(records: Records, when: str = "after") -> float:
@@ -67,49 +64,55 @@ def cross_entropy(records: Records, when: str = "after") -> float:
     A probability that was written as 0 counts as 1e-45 (float32's smallest number), so that one
     hopeless image does not make the mean infinite.
     """
-    return float(_negative_log(_column(records, "prob_target", when)).mean())
+    return float(-np.log(np.maximum(_column(records, "prob_target", when), 1e-45)).mean())
 
 
 def ece(records: Records, when: str = "after", bins: int = 15) -> float:
-    """Expected calibration error: the mean over images of |accuracy - mean confidence| of the
-    image's bin.
+    """Expected calibration error: mean over images of |accuracy - mean confidence| of their bin.
 
-    ``bins`` equal-width bins (i/bins, (i+1)/bins] over the confidence, the largest predicted
-    probability; an empty bin counts nothing. 15 bins as in Guo et al., "On Calibration of Modern
-    Neural Networks", ICML 2017; C-TPT uses 20.
+    ``bins`` of equal width, (i/bins, (i+1)/bins], over the confidence, the largest predicted
+    probability. 15 as in Guo et al., "On Calibration of Modern Neural Networks", ICML 2017; C-TPT
+    uses 20.
     """
-    if bins < 1:
-        raise ValueError(f"bins must be at least 1, got {bins}")
-    confidence = _column(records, "conf", when)
-    right = correct(records, when)
-    place = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
-    gap = np.bincount(place, weights=right - confidence, minlength=bins)
+    confidence, right = _column(records, "conf", when), correct(records, when)
+    gap = np.bincount(_bin(confidence, bins), weights=right - confidence)
     return float(np.abs(gap).sum() / len(confidence))
 
 
+def _bin(confidence: np.ndarray, bins: int) -> np.ndarray:
+    """The bin that each confidence is in, int [N]."""
+    if bins < 1:
+        raise ValueError(f"bins must be at least 1, got {bins}")
+    return np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
+
+
+def reliability(confidence, correct, bins: int = 15) -> pd.DataFrame:
+    """What a calibration diagram shows: per bin of :func:`ece` n, mean confidence and accuracy.
+
+    ``confidence`` and ``correct``: [N], the largest predicted probability and whether it was right.
+    Empty bins are left out.
+    """
+    confidence, correct = np.asarray(confidence, float), np.asarray(correct, float)
+    table = pd.DataFrame({"n": 1, "confidence": confidence, "accuracy": correct})
+    sums = table.groupby(_bin(confidence, bins)).sum()
+    sums[["confidence", "accuracy"]] = sums[["confidence", "accuracy"]].div(sums["n"], axis=0)
+    sums.index.name = "bin"
+    return sums
+
+
 def changes(records: Records) -> dict[str, int]:
-    """How many images adaptation turned from wrong to right (improved) and from right to wrong
-    (worsened)."""
+    """How many images adaptation turned right (improved) and wrong (worsened)."""
     before, after = correct(records, "before"), correct(records, "after")
     return {"improved": int((~before & after).sum()), "worsened": int((before & ~after).sum())}
 
 
 def per_class(records: Records, classnames: list[str] | None = None) -> pd.DataFrame:
-    """One row per class that has images: n, accuracy_before, accuracy_after, improved, worsened
-    (index: target)."""
+    """Per class that has images n, accuracy_before and _after, improved, worsened; index target."""
     table = frame(records)
     before, after = correct(table, "before"), correct(table, "after")
-    flags = pd.DataFrame(
-        {
-            "n": 1,
-            "accuracy_before": before,
-            "accuracy_after": after,
-            "improved": ~before & after,
-            "worsened": before & ~after,
-        }
-    )
-    groups = flags.groupby(table["target"].to_numpy())
-    rows = groups.sum().astype(int)
+    flags = {"n": 1, "accuracy_before": before, "accuracy_after": after}
+    flags |= {"improved": ~before & after, "worsened": before & ~after}
+    rows = pd.DataFrame(flags).groupby(table["target"].to_numpy()).sum().astype(int)
     for when in WHEN:
         rows[f"accuracy_{when}"] = rows[f"accuracy_{when}"] / rows["n"]
     rows.index.name = "target"
@@ -148,8 +151,7 @@ def mcnemar(improved: int, worsened: int) -> float:
 
 
 def gain_interval(improved: int, worsened: int, n: int, level: float = 0.95) -> tuple[float, float]:
-    """Interval of the paired difference of two accuracies on the same n images, (improved -
-    worsened) / n.
+    """Interval of the paired difference of two accuracies, (improved - worsened) / n.
 
     The adjusted Wald interval of Bonett and Price (2012): one image is added to each kind of
     disagreement, which keeps the coverage when few images change.
@@ -164,11 +166,9 @@ def gain_interval(improved: int, worsened: int, n: int, level: float = 0.95) -> 
 def bootstrap_difference(
     a, b, resamples: int = 10_000, seed: int = 0, level: float = 0.95
 ) -> tuple[float, float]:
-    """Percentile interval of mean(b) - mean(a) when the same images are drawn again with
-    replacement.
+    """Percentile interval of mean(b) - mean(a) when images are drawn again with replacement.
 
-    ``a`` and ``b``: [N] values of two runs (right or wrong, cross-entropy, ...), image by image in
-    the same order.
+    ``a`` and ``b``: [N] values of two runs (right or wrong, cross-entropy, ...), image by image.
     """
     difference = np.asarray(b, float) - np.asarray(a, float)
     n = len(difference)
@@ -176,19 +176,42 @@ def bootstrap_difference(
         raise ValueError("no pairs to resample")
     rng = np.random.default_rng(seed)
     chunk = max(1, 4_000_000 // n)  # bounds the memory
-    means = np.concatenate(
-        [
-            difference[rng.integers(0, n, (min(chunk, resamples - start), n))].mean(1)
-            for start in range(0, resamples, chunk)
-        ]
-    )
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    sizes = [min(chunk, resamples - start) for start in range(0, resamples, chunk)]
+    means = np.concatenate([difference[rng.integers(0, n, (k, n))].mean(1) for k in sizes])
+    return _middle(means, level)
+
+
+def _middle(draws: np.ndarray, level: float) -> tuple[float, float]:
+    """The interval that leaves out equally many draws on both sides."""
+    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 
+def mean_gain(
+    a, b, resamples: int = 10_000, seed: int = 0, level: float = 0.95
+) -> tuple[float, float, float]:
+    """Mean over data sets of mean(b) - mean(a), with its bootstrap interval: (gain, low, high).
+
+    ``a`` and ``b``: a sequence of arrays, one per data set, the values of two methods image by
+    image (right or wrong, or the mean of that over seeds). Images are drawn again within each data
+    set, so that all sets count the same whatever their size.
+    """
+    sizes = [len(x) for x in a]
+    if not sizes or 0 in sizes or sizes != [len(y) for y in b]:
+        raise ValueError("a and b need the same data sets, each with the same images in both")
+    rng, total, gain = np.random.default_rng(seed), np.zeros(resamples), 0.0
+    for x, y in zip(a, b, strict=True):
+        difference = np.asarray(y, float) - np.asarray(x, float)
+        gain += difference.mean()
+        # only the counts of the distinct values matter: a multinomial draw, fast for any n
+        values, counts = np.unique(difference, return_counts=True)
+        draws = rng.multinomial(len(difference), counts / counts.sum(), size=resamples)
+        total += draws @ values / len(difference)
+    return float(gain / len(a)), *_middle(total / len(a), level)
+
+
 def summarize(records: Records, bins: int = 15) -> dict:
-    """Every number of one run: the keys that end in ``_before`` and ``_after``, intervals, changes,
-    the paired test.
+    """Every number of one run, before and after: with intervals, changes and the paired test.
 
     Columns beyond the predictions (confidence, entropy ...) are used where the records have them.
     """
@@ -254,70 +277,15 @@ def compare(records_a: Records, records_b: Records, resamples: int = 10_000, see
 
 
 def _column(records: Records, name: str, when: str) -> np.ndarray:
-    table = frame(records)
-    column = f"{name}_{_when(when)}"
+    table, column = frame(records), f"{name}_{when}"
+    if when not in WHEN:
+        raise ValueError(f"when must be 'before' or 'after', got {when!r}")
     if column not in table:
         raise ValueError(f"records have no {column!r}; they have {', '.join(table.columns)}")
     return table[column].to_numpy(float)
 
 
-def _when(when: str) -> str:
-    if when not in WHEN:
-        raise ValueError(f"when must be 'before' or 'after', got {when!r}")
-    return when
-
-
-def _negative_log(probability: np.ndarray) -> np.ndarray:
-    return -np.log(np.maximum(probability, 1e-45))
-
-
 def _z(level: float) -> float:
     if not 0 < level < 1:
         raise ValueError(f"level must be between 0 and 1, got {level}")
-    from statistics import NormalDist
-
     return NormalDist().inv_cdf((1 + level) / 2)
-
-
-def reliability(confidence, correct, bins: int = 15) -> pd.DataFrame:
-    """What a calibration diagram shows: per bin of :func:`ece` n, mean confidence and accuracy.
-
-    ``confidence`` and ``correct``: [N], the largest predicted probability and whether it was right.
-    Empty bins are left out.
-    """
-    if bins < 1:
-        raise ValueError(f"bins must be at least 1, got {bins}")
-    confidence, correct = np.asarray(confidence, float), np.asarray(correct, float)
-    place = np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
-    table = pd.DataFrame({"n": 1, "confidence": confidence, "accuracy": correct})
-    sums = table.groupby(place).sum()
-    sums[["confidence", "accuracy"]] = sums[["confidence", "accuracy"]].div(sums["n"], axis=0)
-    sums.index.name = "bin"
-    return sums
-
-
-def mean_gain(
-    a, b, resamples: int = 10_000, seed: int = 0, level: float = 0.95
-) -> tuple[float, float, float]:
-    """Mean over data sets of mean(b) - mean(a), with its bootstrap interval: (gain, low, high).
-
-    ``a`` and ``b``: a sequence of arrays, one per data set, the values of two methods image by
-    image (right or wrong, or the mean of that over seeds). Images are drawn again within each data
-    set, so that all sets count the same whatever their size.
-    """
-    if (
-        len(a) != len(b)
-        or not len(a)
-        or any(len(x) != len(y) or not len(x) for x, y in zip(a, b, strict=True))
-    ):
-        raise ValueError("a and b need the same data sets, each with the same images in both")
-    rng, total, gain = np.random.default_rng(seed), np.zeros(resamples), 0.0
-    for x, y in zip(a, b, strict=True):
-        difference = np.asarray(y, float) - np.asarray(x, float)
-        gain += difference.mean()
-        # only the counts of the distinct values matter: a multinomial draw, fast for any n
-        values, counts = np.unique(difference, return_counts=True)
-        draws = rng.multinomial(len(difference), counts / counts.sum(), size=resamples)
-        total += draws @ values / len(difference)
-    low, high = np.quantile(total / len(a), [(1 - level) / 2, (1 + level) / 2])
-    return float(gain / len(a)), float(low), float(high)
