@@ -184,7 +184,7 @@ def test_a_missing_package_is_named(cache, monkeypatch):
         raise ImportError("Install s3fs to access S3")
 
     monkeypatch.setattr(fsspec.core, "url_to_fs", lacking)
-    with pytest.raises(ValueError, match=r"s3:// needs a package .*pip install s3fs"):
+    with pytest.raises(ValueError, match=r"s3:// needs a package .*Install s3fs"):
         datasets.load("folder", root="s3://bucket/x")
 
 

@@ -1,22 +1,21 @@
 """Image folders that are elsewhere: ``s3://``, ``gs://``, ``https://`` and what else fsspec knows.
 
-A remote folder is listed once per load; its images are fetched one by one, when they are read, into
-``<cache>/remote/<hash of the address>/``, and stay there. Each comes under a temporary name and is
-renamed when it is whole, so a run that is killed leaves nothing half-written and goes on with what
-is there. Where the folder cannot be reached, its last listing and the images that are there serve.
+Images are fetched one by one, when they are read, and kept in ``<cache>/remote``. Not with fsspec's
+own caches: these take half a file, left by a transfer that broke, for the whole one.
 """
 
 import hashlib
 import json
-import os
-import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
+from tpt_nb.core.files import write_whole
+from tpt_nb.core.messages import first_line
 from tpt_nb.core.paths import cache_dir
 
-PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs"}
-PACKAGES |= {"http": "aiohttp", "https": "aiohttp", "az": "adlfs", "abfs": "adlfs"}
+
+def _why(error: Exception) -> str:
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 def is_remote(root: str | Path) -> bool:
@@ -30,87 +29,61 @@ class Remote:
 
     url: str
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "url", self.url.rstrip("/"))
+    def open(self) -> tuple:
+        """fsspec's file system and the folder in it; ``ValueError`` if it knows no such address."""
+        from fsspec.core import url_to_fs
 
-    @property
-    def cache(self) -> Path:
-        """Where the local copies are."""
-        return cache_dir() / "remote" / hashlib.sha256(self.url.encode()).hexdigest()[:16]
+        try:
+            fs, base = url_to_fs(self.url)
+        except ImportError as error:
+            kind = self.url.split("://")[0]
+            raise ValueError(f"{kind}:// needs a package that is not here: {error}") from error
+        except ValueError as error:
+            raise ValueError(f"no one here knows addresses such as {self.url}: {error}") from error
+        return fs, base.rstrip("/")
 
     def files(self) -> list[tuple[str, int]]:
-        """(path relative to the folder, size or -1) of all files, sorted.
+        """(path relative to the folder, size or -1) of all files, sorted; without net the last ones.
 
-        Raises:
-            ValueError: nobody knows such an address, or a package for it is missing.
-            OSError: it cannot be reached, and was never listed.
+        Raises ``ValueError`` for no address or no files; ``OSError`` if it was never reached.
         """
-        listing = self.cache / "listing.json"
+        (fs, base), listing = self.open(), self._kept("listing.json")
         try:
-            fs, base = self._open()
             found = fs.find(base, detail=True)
-        except (ValueError, ImportError):
-            raise
         except Exception as error:  # each file system has errors of its own
-            if listing.is_file():
-                print(f"{self.url} cannot be reached ({_first(error)}); using its last listing")
-                return [tuple(entry) for entry in json.loads(listing.read_text())]
-            raise OSError(f"{self.url} cannot be listed: {_first(error)}") from error
-        base = base.rstrip("/") + "/"
+            if not listing.is_file():
+                raise OSError(f"{self.url} cannot be listed: {_why(error)}") from error
+            print(f"{self.url} cannot be reached ({_why(error)}); using its last listing")
+            return [tuple(entry) for entry in json.loads(listing.read_text())]
+        sizes = {path: info.get("size") for path, info in found.items()}
         files = sorted(
-            (path.removeprefix(base), -1 if info.get("size") is None else int(info["size"]))
-            for path, info in found.items()
-            if path.startswith(base)
+            (path.removeprefix(f"{base}/"), -1 if size is None else int(size))
+            for path, size in sizes.items()
+            if path.startswith(f"{base}/")
         )
         if not files:
             raise ValueError(f"{self.url} holds no files; is the address right?")
-        _write(listing, json.dumps(files).encode())
+        listing.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(listing, json.dumps(files))
         return files
 
     def local(self, path: str) -> Path:
-        """The local copy of a file of the folder, fetched if it is not there.
-
-        Raises ``OSError`` if it cannot be fetched.
-        """
-        target = self.cache / "files" / path
-        if ".." in Path(path).parts or not target.is_relative_to(self.cache):
+        """The copy of a file here, fetched if it is not there; ``OSError`` if that fails."""
+        target = self._kept(f"files/{path}")
+        if ".." in Path(path).parts or Path(path).is_absolute():
             raise ValueError(f"{path!r} does not lie within {self.url}")
-        if target.is_file():
-            return target
-        try:
-            fs, base = self._open()
-            data = fs.cat_file(f"{base.rstrip('/')}/{path}")
-        except (ValueError, ImportError):
-            raise
-        except Exception as error:
-            raise OSError(f"{self.url}/{path} cannot be fetched: {_first(error)}") from error
-        _write(target, data)
+        if not target.is_file():
+            fs, base = self.open()
+            try:
+                data = fs.cat_file(f"{base}/{path}")
+            except Exception as error:
+                raise OSError(f"{self.url}/{path} cannot be fetched: {_why(error)}") from error
+            target.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(target, data)
         return target
 
-    def _open(self):
-        from fsspec.core import url_to_fs
+    def _kept(self, name: str) -> Path:
+        key = hashlib.sha256(self.url.rstrip("/").encode()).hexdigest()[:16]
+        return cache_dir() / "remote" / key / name
 
-        kind = self.url.split("://")[0]
-        try:
-            return url_to_fs(self.url)
-        except ImportError as error:
-            package = PACKAGES.get(kind)
-            hint = f"pip install {package}" if package else str(error)
-            raise ValueError(f"{kind}:// needs a package that is not here: {hint}") from error
-        except ValueError as error:
-            raise ValueError(f"no one here knows addresses such as {self.url}: {error}") from error
-
-
-def _first(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
-
-
-def _write(target: Path, data: bytes) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name[:100]}.{os.getpid()}-{secrets.token_hex(3)}")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    _open = open  # of before

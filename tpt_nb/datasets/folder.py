@@ -94,7 +94,7 @@ def load_folder(
         OSError: a remote root cannot be listed.
     """
     if is_remote(root):
-        remote = Remote(str(root))
+        remote = Remote(str(root).rstrip("/"))
         listing = [f for f in remote.files() if not any(map(_hidden, f[0].split("/")))]
         folders = sorted({rel.split("/")[0] for rel, _ in listing if "/" in rel})
         loose = [rel for rel, _ in listing if "/" not in rel]

@@ -262,7 +262,7 @@ def size(variant: str) -> int:
 
 
 def fingerprint(variant: str) -> str:
-    """Sets with one fingerprint hold the same images: ``version``, mixed with files of one's own."""
+    """Sets with one fingerprint hold the same images: ``version``, or mixed with changed files."""
     version, files = VARIANTS[variant].version, _files()
     if files == FILES:
         return version
