@@ -1,150 +1,137 @@
-"""``python -m tpt_nb evaluate ...`` does a run, ``python -m tpt_nb compare RUN RUN`` compares two,
-``python -m tpt_nb build-database ...`` embeds images for retrieval,
-``python -m tpt_nb generate ...`` makes variations of images by diffusion,
-``python -m tpt_nb download NAME`` brings a data set, ``python -m tpt_nb plan`` says beforehand
-what a large run will take.
+"""The command line: ``python -m tpt_nb COMMAND``; ``--help`` lists the commands.
 
-Mistakes in what was asked for (a name, a value, a file) are one line on stderr and exit code 2; set
-``TPT_NB_TRACEBACK=1`` to see where they come from.
+Options are the fields of dataclasses: those of a run (``runs.RunConfig``), of the methods (their
+``Options``), of the sweep and the leaderboard. Mistakes in what was asked for (a name, a value, a
+file) are one line on stderr and exit code 2; ``TPT_NB_TRACEBACK=1`` shows where they come from.
 """
 
-import argparse
 import dataclasses
 import json
 import os
 import sys
-import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
 
+from tpt_nb.core.command_line import PROG, fields_of, parse, setting
 from tpt_nb.core.messages import unknown
-from tpt_nb.runs import RunConfig, load_run, run
-
-GENERATE = (  # the options of evaluate that the command generate has too
-    *("dataset", "root", "reduced_size", "subset_seed"),
-    *("generator", "n_generated", "generator_seed", "device", "cache"),
-)
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse with one-line errors that name the closest option."""
+@dataclasses.dataclass
+class Output:
+    """What a command that ends in numbers has."""
 
-    def error(self, message: str) -> NoReturn:
-        """One line on stderr, exit code 2."""
-        print(f"{self.prog}: {message} (--help lists what there is)", file=sys.stderr)
-        raise SystemExit(2)
+    json: bool = setting(False, "end with one JSON object on a line")
 
 
-def parser() -> argparse.ArgumentParser:
-    """The command line; the options of ``evaluate`` are the fields of ``RunConfig``."""
-    main_parser = Parser(
-        prog="python -m tpt_nb", description="Test-time adaptation of CLIP from a shell."
-    )
-    commands = main_parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    evaluate = commands.add_parser(
-        "evaluate", help="one run: encode, adapt, record", allow_abbrev=False
-    )
-    hints = typing.get_type_hints(RunConfig)
-    for field in dataclasses.fields(RunConfig):
-        names = dict.fromkeys([f"--{field.name}", f"--{field.name.replace('_', '-')}"])
-        text = f"{field.metadata['help']} (default: {field.default!r})".replace("%", "%%")
-        if hints[field.name] is bool:
-            kind = {"action": argparse.BooleanOptionalAction}
-        else:
-            kind = {"type": _reader(hints[field.name]), "metavar": "X"}
-        evaluate.add_argument(*names, help=text, default=field.default, **kind)
-    evaluate.add_argument("--json", action="store_true", help="end with one JSON object on a line")
-    add_cluster_options(evaluate)
-    compare = commands.add_parser(
-        "compare", help="two runs image by image: gain of the second", allow_abbrev=False
-    )
-    compare.add_argument("runs", nargs=2, metavar="RUN", help="folder of a run, or its name in out")
-    compare.add_argument("--out", default="runs", help="folder of the runs (default: runs)")
-    compare.add_argument("--seed", type=int, default=0, help="of the bootstrap")
-    compare.add_argument("--json", action="store_true", help="end with one JSON object on a line")
-    build = commands.add_parser(
-        "build-database", help="embed images without labels, for ra_tta", allow_abbrev=False
-    )
-    build.add_argument("--images", required=True, metavar="DIR", help="any folder of images")
-    build.add_argument("--out", required=True, metavar="DIR", help="folder of the database")
-    build.add_argument("--model", default="mini", help="as in evaluate (default: mini)")
-    build.add_argument("--device", default="", help="cpu, cuda ... (default: cuda if there is one)")
-    plan = commands.add_parser(
-        "plan", help="passes, disk, hours and cost of a large run", allow_abbrev=False
-    )
-    for name, default, text in (
-        ("--dataset", "imagenet", "by name; it need not be here"),
-        ("--model", "RN50", "one that data/costs.json or --costs has"),
-        ("--device", "cuda", "cuda, or cpu: workers are then processes of one core each"),
-        ("--cache", "", "where the features will be; default: $TPT_NB_CACHE or ~/.cache/tpt_nb"),
-        ("--costs", "", "what ci/bench/tpt.py --json printed on your machine"),
-    ):
-        plan.add_argument(name, default=default, metavar="X", help=f"{text} (default: {default!r})")
-    for name, kind, default, text in (
-        ("--views", int, 64, "of an image, itself included"),
-        ("--seeds", int, 1, "of the views; each is encoded apart"),
-        ("--images", int, None, "instead of the size of the data set"),
-        ("--classes", int, None, "instead of those of the data set"),
-        ("--price", float, 2.0, "of a GPU per hour, in any currency; an assumption"),
-        ("--images-per-second", float, None, "that one GPU encodes, with all their views"),
-        ("--spread", float, 0.2, "of the time of a shard: standard deviation of its logarithm"),
-        ("--failures", float, 0.01, "probability that a task fails and is done again"),
-    ):
-        plan.add_argument(name, type=kind, default=default, metavar="X", help=f"{text} ({default})")
-    plan.add_argument("--methods", nargs="+", default=["tpt"], metavar="NAME")
-    plan.add_argument("--workers", nargs="+", type=int, default=[1, 8, 64], metavar="N",
-                      help="GPUs (or processes); default: 1 8 64")  # fmt: skip
-    plan.add_argument("--json", action="store_true", help="end with one JSON object on a line")
-    generate = commands.add_parser(
-        "generate", help="make variations of images, for difftpt", allow_abbrev=False
-    )
-    fields = {field.name: field for field in dataclasses.fields(RunConfig)}
-    for name in GENERATE:
-        names = dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"])
-        text = f"{fields[name].metadata['help']} (default: {fields[name].default!r})"
-        kind = {"type": _reader(hints[name]), "metavar": "X"}
-        generate.add_argument(*names, help=text, default=fields[name].default, **kind)
-    download = commands.add_parser(
-        "download", help="bring a data set (data/README.md lists them)", allow_abbrev=False
-    )
-    download.add_argument("name", metavar="NAME", help="imagenet-a, dtd ..., coop-weights")
-    download.add_argument("--root", default="", help="where to (default: $TPT_NB_DATASETS)")
-    return main_parser
+@dataclasses.dataclass
+class Cluster:
+    """What a command has whose work can be spread."""
 
-
-def add_cluster_options(to: argparse.ArgumentParser) -> None:
-    """``--cluster`` and ``--cluster-workers``, which scripts of ``ci/`` have too."""
-    to.add_argument(
-        "--cluster",
-        metavar="local|ADDRESS",
-        help="spread the work with Ray: over the GPUs or cores of this machine, or over a cluster "
-        "(address as of `ray start --head`); cache and out may then be s3://, gs:// ...",
+    cluster: str = setting(
+        "",
+        "local or ADDRESS: spread the work with Ray over the GPUs or cores of this machine, or "
+        "over a cluster (as of `ray start --head`); cache and out may then be s3://, gs:// ...",
     )
-    to.add_argument(
-        "--cluster-workers",
-        type=int,
-        metavar="N",
-        help="at a time, at most; default: one per GPU if there are any, else one per core",
+    cluster_workers: int | None = setting(
+        None, "at a time, at most; default: one per GPU if there are any, else one per core"
     )
 
 
-def _reader(hint: object):
-    """What turns the text of an option into the field's type; none, null and '' give None."""
-    kinds = typing.get_args(hint) or (hint,)
-
-    def read(text: str):
-        if type(None) in kinds and text.lower() in ("", "none", "null"):
-            return None
-        return kinds[0](text)
-
-    read.__name__ = kinds[0].__name__  # argparse: "invalid int value"
-    return read
+@dataclasses.dataclass
+class Compare(Output):
+    out: str = setting("runs", "folder of the runs")
+    seed: int = setting(0, "of the bootstrap")
 
 
-def result(run_) -> dict:
-    """The fields of a run (anything with its ``summary``) that ``evaluate --json`` prints."""
-    s = run_.summary
+@dataclasses.dataclass
+class Database:
+    images: str = setting("", "any folder of images")
+    out: str = setting("", "folder of the database")
+    model: str = setting("mini", "as in evaluate")
+    device: str = setting("", "cpu, cuda ...; default: cuda if there is one")
+
+
+@dataclasses.dataclass
+class Download:
+    root: str = setting("", "where to; default: $TPT_NB_DATASETS")
+
+
+@dataclasses.dataclass
+class Plan(Output):
+    dataset: str = setting("imagenet", "by name; it need not be here")
+    model: str = setting("RN50", "one that data/costs.json or costs has")
+    device: str = setting("cuda", "cuda, or cpu: workers are then processes of one core each")
+    methods: list[str] = setting(("tpt",), "one or more")
+    workers: list[int] = setting((1, 8, 64), "GPUs (or processes)")
+    views: int = setting(64, "of an image, itself included")
+    seeds: int = setting(1, "of the views; each is encoded apart")
+    images: int | None = setting(None, "instead of the size of the data set")
+    classes: int | None = setting(None, "instead of those of the data set")
+    price: float = setting(2.0, "of a GPU per hour, in any currency; an assumption")
+    images_per_second: float | None = setting(None, "that one GPU encodes, with all their views")
+    failures: float = setting(0.01, "share of the tasks that fail and are done again")
+    cache: str = setting("", "where the features will be; default: $TPT_NB_CACHE")
+    costs: str = setting("", "what ci/bench/tpt.py --json printed on your machine")
+
+
+def run_fields() -> dict[str, tuple[object, object, str]]:
+    """The options of a run, and those of all methods, each with the methods that have it."""
+    from tpt_nb import methods, runs
+
+    out = fields_of(runs.RunConfig)
+    found: dict[str, list[str]] = {}
+    options: dict[str, tuple[object, object, str]] = {}
+    for name in methods.names():
+        for flat, field in fields_of(methods.get(name).options).items():
+            options.setdefault(flat, field)
+            found.setdefault(flat, []).append(name)
+    for flat, (hint, default, text) in options.items():
+        out.setdefault(flat, (hint, default, f"{text} [{', '.join(found[flat])}]"))
+    out["params"] = (str, "", "options of the method in one: lambda_q=4,lambda_y=0.2")
+    return out
+
+
+def _spread(values: dict) -> Callable | None:
+    """What does many runs on a cluster, if one was asked for; takes its options out of the dict."""
+    address, workers = values.pop("cluster", ""), values.pop("cluster_workers", None)
+    if not address:
+        return None
+    from tpt_nb import scale
+
+    return lambda configs: scale.run_all(configs, address, workers)
+
+
+# --- the commands --------------------------------------------------------------------------------
+
+
+def evaluate(argv: Sequence[str]) -> int:
+    """one run: encode, adapt, record"""
+    from tpt_nb import runs
+
+    fields = run_fields() | fields_of(Output, Cluster)
+    values = parse("evaluate", evaluate.__doc__, fields, argv)
+    as_json = values.pop("json", False)
+    address, workers = values.pop("cluster", ""), values.pop("cluster_workers", None)
+    config = runs.RunConfig.from_dict(values)
+    if address:
+        from tpt_nb import scale
+
+        done = scale.evaluate(config, address, workers)
+    else:
+        done = runs.run(config)
+    s = result(done)
+    print(f"{s['dataset']}, {s['model']}, {s['method']}, {s['n']} images -> {done.dir}")
+    print(f"  zero-shot  {_with_interval(s['zero_shot'], s['zero_shot_ci95'])}")
+    print(f"  {s['method']:<9}  {_with_interval(s['accuracy'], s['accuracy_ci95'])}")
+    print(f"  improved {s['improved']}, worsened {s['worsened']}, p {s['p_value']:.3g} (McNemar)")
+    if as_json:
+        print(json.dumps(s))
+    return 0
+
+
+def result(run) -> dict:
+    """The fields of a run's summary that ``evaluate --json`` prints."""
+    s = run.summary
     return {
         "dataset": s["dataset"],
         "model": s["model"],
@@ -164,39 +151,47 @@ def result(run_) -> dict:
     }
 
 
-def _evaluate(args: argparse.Namespace) -> None:
-    names = [field.name for field in dataclasses.fields(RunConfig)]
-    config = RunConfig(**{name: getattr(args, name) for name in names})
-    if args.cluster:
-        from tpt_nb.scale import cluster
+def sweep(argv: Sequence[str]) -> int:
+    """a grid of runs from a YAML file, resumable, and one table"""
+    from tpt_nb.runs.sweep import SweepOptions
+    from tpt_nb.runs.sweep import sweep as do
 
-        done, report = cluster.evaluate(config, args.cluster, args.cluster_workers)
-        print(f"{done.said}{report.text()}")
-    else:
-        done = run(config)
-    s = result(done)
-    print(f"{s['dataset']}, {s['model']}, {s['method']}, {s['n']} images -> {done.dir}")
-    print(f"  zero-shot  {_with_interval(s['zero_shot'], s['zero_shot_ci95'])}")
-    print(f"  {s['method']:<9}  {_with_interval(s['accuracy'], s['accuracy_ci95'])}")
-    print(f"  improved {s['improved']}, worsened {s['worsened']}, p {s['p_value']:.3g} (McNemar)")
-    if args.json:
-        print(json.dumps(s))
+    own = fields_of(SweepOptions)
+    values = parse("sweep", sweep.__doc__, run_fields() | fields_of(Cluster) | own, argv,
+                   {"grid": 1})  # fmt: skip
+    grid, spread = Path(values.pop("grid")[0]), _spread(values)
+    options = SweepOptions(**{name: values.pop(name) for name in own if name in values})
+    return do(grid, options, values, spread)
 
 
-def _compare(args: argparse.Namespace) -> None:
-    from tpt_nb.metrics import compare
+def leaderboard(argv: Sequence[str]) -> int:
+    """every method on the same views, one table"""
+    from tpt_nb.runs.leaderboard import LeaderboardOptions
+    from tpt_nb.runs.leaderboard import leaderboard as do
 
-    runs = [load_run(_find(name, Path(args.out))) for name in args.runs]
-    prints = [json.loads((r.dir / "config.json").read_text())["dataset"] for r in runs]
+    fields = fields_of(LeaderboardOptions) | fields_of(Cluster)
+    values = parse("leaderboard", leaderboard.__doc__, fields, argv)
+    spread = _spread(values)
+    return do(LeaderboardOptions(**values), spread)
+
+
+def compare(argv: Sequence[str]) -> int:
+    """two runs image by image: gain of the second"""
+    values = parse("compare", compare.__doc__, fields_of(Compare), argv, {"run": 2})
+    names, options = values.pop("run"), Compare(**{k: v for k, v in values.items() if k != "run"})
+    from tpt_nb import metrics, runs
+
+    pair = [runs.load_run(_find(name, Path(options.out))) for name in names]
+    prints = [json.loads((r.dir / "config.json").read_text())["dataset"] for r in pair]
     if prints[0]["fingerprint"] != prints[1]["fingerprint"]:
         raise ValueError(
             f"the runs are over different data: {prints[0]['name']} ({prints[0]['fingerprint']}) "
             f"and {prints[1]['name']} ({prints[1]['fingerprint']})."
         )
-    c = compare(runs[0].records, runs[1].records, seed=args.seed)
-    for letter, run_ in zip("ab", runs, strict=True):
+    c = metrics.compare(pair[0].records, pair[1].records, seed=options.seed)
+    for letter, run in zip("ab", pair, strict=True):
         interval = _with_interval(c[f"accuracy_{letter}"], c[f"accuracy_{letter}_ci95"])
-        print(f"{letter}: {interval}  {run_.name}")
+        print(f"{letter}: {interval}  {run.name}")
     print(
         f"b - a: {100 * c['gain']:+.2f} points, 95 % interval "
         f"{_interval(c['gain_ci95'])} (bootstrap {_interval(c['gain_bootstrap95'])})"
@@ -207,61 +202,68 @@ def _compare(args: argparse.Namespace) -> None:
     )
     if c["only_a"] or c["only_b"]:
         print(f"left out: {c['only_a']} images only in a, {c['only_b']} only in b")
-    if args.json:
-        print(json.dumps({"a": runs[0].name, "b": runs[1].name, **c}))
+    if options.json:
+        print(json.dumps({"a": pair[0].name, "b": pair[1].name, **c}))
+    return 0
 
 
-def _plan(args: argparse.Namespace) -> None:
-    from tpt_nb.scale import plan
+def generate(argv: Sequence[str]) -> int:
+    """make variations of images by diffusion, for difftpt"""
+    from tpt_nb.methods.difftpt import GENERATE, make_pictures
 
-    values = {k: v for k, v in vars(args).items() if k not in ("command", "json", "costs")}
-    found = plan.plan(**values, measured=plan.read_costs(args.costs))
-    print(plan.text(found))
-    if args.json:
-        print(json.dumps(found))
-
-
-def _download(args: argparse.Namespace) -> None:
-    from tpt_nb.datasets import sources
-
-    print(f"{args.name} is in {sources.get(args.name, args.root or None)}")
+    fields = {name: field for name, field in run_fields().items() if name in GENERATE}
+    print(make_pictures(parse("generate", generate.__doc__, fields, argv)))
+    return 0
 
 
-def _build_database(args: argparse.Namespace) -> None:
+def download(argv: Sequence[str]) -> int:
+    """bring a data set (data/README.md lists them)"""
+    values = parse("download", download.__doc__, fields_of(Download), argv, {"name": 1})
+    from tpt_nb import datasets
+
+    name = values.pop("name")[0]
+    print(f"{name} is in {datasets.sources.get(name, values.get('root') or None)}")
+    return 0
+
+
+def database(argv: Sequence[str]) -> int:
+    """embed images without labels, for ra_tta"""
+    options = Database(**parse("database", database.__doc__, fields_of(Database), argv))
+    if not options.images or not options.out:
+        raise ValueError("say which images to embed (--images DIR) and where to (--out DIR).")
     from tpt_nb import models
     from tpt_nb.methods import ra_tta
 
-    pictures = ra_tta.folder_pictures(args.images)
+    pictures = ra_tta.folder_pictures(options.images)
     try:
-        model = models.load(args.model, device=args.device or None)
+        model = models.load(options.model, device=options.device or None)
     except RuntimeError as error:  # weights that cannot be fetched, no such device
         raise ValueError(str(error)) from error
-    done = ra_tta.build(pictures, model, args.out)
+    done = ra_tta.build(pictures, model, options.out)
     print(
-        f"{len(done)} of {len(pictures.items)} images, vectors of {model.embed_dim} -> {args.out}"
+        f"{len(done)} of {len(pictures.items)} images, vectors of {model.embed_dim} "
+        f"-> {options.out}"
     )
+    return 0
 
 
-def _generate(args: argparse.Namespace) -> None:
-    from tpt_nb import datasets
-    from tpt_nb.methods import difftpt
-    from tpt_nb.runs import resolve
+def plan(argv: Sequence[str]) -> int:
+    """passes, disk, hours and cost of a large run"""
+    values = vars(Plan(**parse("plan", plan.__doc__, fields_of(Plan), argv)))
+    from tpt_nb import scale
 
-    values = {name: getattr(args, name) for name in GENERATE}
-    config, _ = resolve(RunConfig(**values, method="difftpt"))
-    if config.generator == "crops":
-        raise ValueError("generator crops is made of views of the run: there is nothing to make.")
-    dataset = datasets.load(
-        config.dataset, config.reduced_size, config.subset_seed, config.root or None
-    )
-    generator = difftpt.load_generator(config.generator, config.device)
-    n = config.n_generated
-    made = difftpt.generate(dataset, generator, n, config.generator_seed, config.cache)
-    seconds = sum(made.seconds(image_id, n) for image_id in dataset.ids) / len(dataset)
-    print(
-        f"{n} variations of each of {len(dataset)} images, {seconds:.2f} s per image "
-        f"-> {made.folder}"
-    )
+    as_json, costs = values.pop("json"), values.pop("costs")
+    found = scale.plan(**values, measured=scale.read_costs(costs))
+    print(scale.plan_text(found))
+    if as_json:
+        print(json.dumps(found))
+    return 0
+
+
+COMMANDS = {
+    f.__name__: f
+    for f in (evaluate, sweep, leaderboard, compare, generate, download, plan, database)
+}
 
 
 def _find(name: str, out: Path) -> Path:
@@ -282,36 +284,24 @@ def _interval(interval: Sequence[float]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code."""
-    args, rest = parser().parse_known_args(argv)
-    if rest:
-        options = [f"--{field.name}" for field in dataclasses.fields(RunConfig)]
-        word = rest[0].split("=")[0].replace("-", "_").replace("__", "--", 1)
-        plan_options = ("dataset", "model", "device", "cache", "costs", "views", "seeds", "images",
-                        "classes", "price", "images-per-second", "spread", "failures", "methods",
-                        "workers", "json")  # fmt: skip
-        known = {
-            "plan": [f"--{name}" for name in plan_options],
-            "evaluate": [*options, "--json", "--cluster", "--cluster-workers"],
-            "compare": ["--json", "--out", "--seed"],
-            "build-database": ["--images", "--out", "--model", "--device"],
-            "download": ["--root"],
-            "generate": [f"--{name}" for name in GENERATE],
-        }[args.command]
-        print(f"python -m tpt_nb: {unknown('option', word, known)}", file=sys.stderr)
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help"):
+        print(f"usage: {PROG} COMMAND [--help] ...\n\nTest-time adaptation of CLIP from a shell.\n")
+        print("\n".join(f"  {name:12} {command.__doc__}" for name, command in COMMANDS.items()))
+        return 0 if words else 2
+    if words[0] not in COMMANDS:
+        print(f"{PROG}: {unknown('command', words[0], COMMANDS)}", file=sys.stderr)
         return 2
     try:
-        does = {"evaluate": _evaluate, "compare": _compare, "build-database": _build_database}
-        does |= {"download": _download, "generate": _generate, "plan": _plan}
-        does[args.command](args)
+        return COMMANDS[words[0]](words[1:])
     except (ValueError, OSError) as error:
         if os.environ.get("TPT_NB_TRACEBACK"):
             raise
-        print(f"python -m tpt_nb: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{PROG}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         return 130
-    return 0
 
 
 if __name__ == "__main__":
