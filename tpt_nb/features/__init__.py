@@ -11,6 +11,7 @@ from tpt_nb.features.shards import (
     pack_shard,
     planned,
     read_shard,
+    read_shards,
 )
 
 __all__ = [
@@ -26,4 +27,5 @@ __all__ = [
     "pack_shard",
     "planned",
     "read_shard",
+    "read_shards",
 ]

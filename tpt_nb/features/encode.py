@@ -43,10 +43,10 @@ from tpt_nb.features.shards import (
     Store,
     _device,
     _open_folder,
-    _read_shards,
     _write_shard,
     cache_key,
     planned,
+    read_shards,
 )
 
 AHEAD = 3  # images that a GPU works on while the rows of an earlier one come back
@@ -92,7 +92,7 @@ def encode(
     if cache is not False:
         folder = _open_folder(Path(cache or cache_dir()), cache_key(dataset, clip, augmenter, seed))
     store = Store(ids)
-    for record in _read_shards(folder, store.position):
+    for record in read_shards(folder, store.position):
         store.put(**record)
     missing = [i for i, there in enumerate(store.there) if not there]
     with _bar(len(ids), len(missing), dataset.name, progress) as bar:

@@ -186,7 +186,7 @@ def read_shard(path: Path, wanted: Container[str] | None = None) -> tuple[list[s
     return about["ids"], tensors
 
 
-def _read_shards(folder: Path | None, wanted: dict[str, int]) -> Iterator[dict]:
+def read_shards(folder: Path | None, wanted: dict[str, int]) -> Iterator[dict]:
     """What the shards hold of the wanted images. A damaged shard is dropped, with a warning."""
     for path in sorted(folder.glob("*.safetensors")) if folder else ():
         try:
