@@ -8,16 +8,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
 from tpt_nb import datasets, methods, runs
 from tpt_nb.__main__ import main
+from tpt_nb.core.paths import DATA
 from tpt_nb.features import encode
 from tpt_nb.methods import difftpt
+from tpt_nb.methods.difftpt import adapt as adapt_module
+from tpt_nb.methods.difftpt import filter_views, generate, pictures_of
 from tpt_nb.methods.difftpt import pictures as pictures_module
-from tpt_nb.methods.difftpt import pipeline as pipeline_module
-from tpt_nb.methods.difftpt.adapt import filter_views
-from tpt_nb.methods.difftpt.pictures import generate, pictures_of
 from tpt_nb.models import Prompts
 from tpt_nb.models import load as load_clip
 from tpt_nb.runs import RunConfig, run
@@ -37,26 +36,24 @@ def angles(*degrees: float) -> torch.Tensor:
 
 def test_the_papers_filter_drops_the_least_similar_generated_views_and_no_crop():
     crops = angles(0, 170, 5)  # a crop that has nothing to do with the image is kept
-    generated = angles(40, 10, 90, 20, 30)
-    kept = filter_views(crops, generated, None, "generated", 0.8)
-    assert kept.tolist() == [[0, 1, 2, 3, 4, 6, 7]]  # 90 degrees goes
-    kept = filter_views(crops, generated, None, "generated", 0.4)
-    assert kept.tolist() == [[0, 1, 2, 4, 6]]
+    every = torch.cat([crops, angles(40, 10, 90, 20, 30)], 1)
+    assert filter_views(every, 3, 0.8).tolist() == [[0, 1, 2, 3, 4, 6, 7]]  # 90 degrees goes
+    assert filter_views(every, 3, 0.4).tolist() == [[0, 1, 2, 4, 6]]
 
 
-def test_the_codes_filter_asks_all_views_but_the_original_about_their_logits():
-    crops, generated = angles(0, 170, 5), angles(40, 10, 90, 20, 30)
-    logits = angles(180, 181, 95, 0, 200, 270, 185, 100)  # of the eight views, in this order
-    kept = filter_views(crops, generated, logits, "all", 0.8)
+def test_the_codes_filter_asks_all_views_but_the_original():
+    logits = angles(180, 181, 95, 0, 200, 270, 185, 100)
+    kept = filter_views(logits, 1, 0.8)
     assert kept.tolist() == [[0, 1, 2, 4, 6, 7]]  # int(7 * 0.8) = 5 of 7, and the original
 
 
-def test_the_numbers_of_views_are_those_of_the_published_code():
-    g = torch.Generator().manual_seed(0)
-    crops, generated = (torch.randn(2, n, 8, generator=g) for n in (65, 63))
-    logits = torch.randn(2, 128, 5, generator=g)
-    assert filter_views(crops, generated, logits, "all", 0.8).shape == (2, 102)
-    assert filter_views(crops, generated, None, "generated", 0.8).shape == (2, 65 + 50)
+@pytest.mark.parametrize(
+    ("views", "first", "keep", "left"),
+    [(128, 1, 0.8, 102), (128, 65, 0.8, 65 + 50), (91, 1, 0.7, 1 + 62), (11, 1, 0.7, 1 + 7)],
+)
+def test_the_numbers_of_views_are_those_of_the_published_code(views, first, keep, left):
+    vectors = torch.randn(2, views, 5, generator=torch.Generator().manual_seed(0))
+    assert filter_views(vectors, first, keep).shape == (2, left)
 
 
 def test_features_and_logits_may_disagree_about_the_same_views(mini):
@@ -64,15 +61,12 @@ def test_features_and_logits_may_disagree_about_the_same_views(mini):
     g = torch.Generator().manual_seed(1)
     views = F.normalize(torch.randn(4, 9, mini.embed_dim, generator=g), dim=-1)
     logits = mini.logit_scale * views @ prompts.text_features().T
-    by_features = filter_views(views[:, :4], views[:, 4:], None, "generated", 0.6)
-    by_logits = filter_views(views[:, :4], views[:, 4:], logits, "generated", 0.6)
-    assert (by_features != by_logits).any()
+    assert (filter_views(views, 4, 0.6) != filter_views(logits, 4, 0.6)).any()
 
 
-@pytest.mark.parametrize(("bad", "says"), [({"scope": "some"}, "scope"), ({"keep": 1.2}, "keep")])
-def test_bad_filters(bad, says):
-    with pytest.raises(ValueError, match=says):
-        filter_views(angles(0, 1), angles(2, 3), **bad)
+def test_bad_filters():
+    with pytest.raises(ValueError, match="keep is 1.2"):
+        filter_views(angles(0, 1, 2, 3), 2, 1.2)
 
 
 # --- methods -------------------------------------------------------------------------------------
@@ -85,65 +79,68 @@ def views(mini) -> tuple[torch.Tensor, torch.Tensor]:
     return every[:, :7], every[:, 7:]
 
 
-def test_without_a_filter_difftpt_is_tpt_on_all_views(mini, views):
+def _adapt(name, views, prompts, **values):
+    return methods.get(name)(views[0], prompts, inputs={"generated": views[1]}, **values)
+
+
+@pytest.mark.parametrize("rule", ["paper", "code"])
+def test_without_a_filter_difftpt_is_tpt_on_all_views(mini, views, rule):
     prompts = Prompts(mini, NAMES)
     every = torch.cat(views, 1)
     for steps in (1, 4):
-        got = difftpt.difftpt(*_args(views, prompts), keep=1.0, rho=0.3, steps=steps, lr=0.01)
-        expected = methods.tpt(every, prompts, rho=0.3, steps=steps, lr=0.01)
+        same = {"rho": 0.3, "steps": steps, "lr": 0.01}
+        got = _adapt("difftpt", views, prompts, rule=rule, keep=1.0, **same)
+        expected = methods.get("tpt")(every, prompts, **same)
         assert torch.equal(got.logits, expected.logits)
         assert torch.equal(got.selected, expected.selected)
 
 
-def _args(views, prompts):
-    return views[0], prompts, views[1]
-
-
 def test_without_generated_views_left_difftpt_is_tpt_on_the_crops(mini, views):
     prompts = Prompts(mini, NAMES)
-    got = difftpt.difftpt_paper(*_args(views, prompts), keep=0.0, lr=0.01)
-    expected = methods.tpt(views[0], prompts, rho=0.3, steps=4, lr=0.01)
+    got = _adapt("difftpt", views, prompts, keep=0.0, lr=0.01)
+    expected = methods.get("tpt")(views[0], prompts, rho=0.3, steps=4, lr=0.01)
     assert torch.equal(got.logits, expected.logits)
     assert not got.selected[:, 7:].any()
 
 
-def test_the_named_settings_select_among_what_their_filter_keeps(mini, views):
+def test_the_rules_select_among_what_their_filter_keeps(mini, views):
     prompts = Prompts(mini, NAMES)
     every = torch.cat(views, 1)
     logits = mini.logit_scale * every @ prompts.text_features().T
-    rules = {
-        "difftpt_paper": filter_views(*views, None, "generated", 0.8),
-        "difftpt_code": filter_views(*views, logits, "all", 0.8),
-    }
-    for name, kept in rules.items():
-        got = methods.METHODS[name](*_args(views, prompts), lr=0.01)
+    rules = {"paper": filter_views(every, 7, 0.8), "code": filter_views(logits, 1, 0.8)}
+    for rule, kept in rules.items():
+        got = _adapt("difftpt", views, prompts, rule=rule, lr=0.01)
         inside = torch.zeros(3, 17, dtype=torch.bool).scatter(1, kept, True)
         assert not (got.selected & ~inside).any()
         assert (got.selected.sum(1) == int(kept.shape[1] * 0.3)).all()
-        least = methods.tpt(every[0, kept[0]][None], prompts, rho=0.3, steps=4, lr=0.01)
+        least = methods.get("tpt")(every[0, kept[0]][None], prompts, rho=0.3, steps=4, lr=0.01)
         assert torch.allclose(got.logits[0], least.logits[0], atol=1e-4)
-    assert rules["difftpt_paper"].shape[1] == 7 + 8
-    assert rules["difftpt_code"].shape[1] == 1 + int(16 * 0.8)
+    assert rules["paper"].shape[1] == 7 + 8
+    assert rules["code"].shape[1] == 1 + int(16 * 0.8)
 
 
 def test_vote_on_the_same_views(mini, views):
     prompts = Prompts(mini, NAMES)
-    got = difftpt.difftpt_vote(*_args(views, prompts), rho=0.3)
-    expected = methods.vote(torch.cat(views, 1), prompts, rho=0.3)
+    got = _adapt("difftpt_vote", views, prompts, rho=0.3)
+    expected = methods.get("vote")(torch.cat(views, 1), prompts, rho=0.3)
     assert torch.equal(got.logits, expected.logits)
 
 
-def test_generated_views_go_to_their_image(mini, views):
+def test_generated_views_of_the_same_images_are_needed(mini, views):
     prompts = Prompts(mini, NAMES)
-    made = difftpt.Generated(["c", "a", "b"], views[1][[2, 0, 1]])
-    got = difftpt.difftpt_paper(views[0], prompts, made, ids=["a", "b", "c"])
-    assert torch.equal(got.logits, difftpt.difftpt_paper(*_args(views, prompts)).logits)
-    with pytest.raises(ValueError, match="ids"):
-        difftpt.difftpt_paper(views[0], prompts, made)
     with pytest.raises(ValueError, match="needs generated views"):
-        difftpt.difftpt_code(views[0], prompts)
-    with pytest.raises(ValueError, match=r"\[2, 10, .*expected \[B,G,D\]"):
-        difftpt.difftpt_vote(views[0], prompts, views[1][:2])
+        methods.get("difftpt")(views[0], prompts)
+    for name in ("difftpt", "difftpt_vote"):
+        with pytest.raises(ValueError, match=r"\[2, 10, .*expected \[B,G,D\]"):
+            _adapt(name, (views[0], views[1][:2]), prompts)
+
+
+def test_older_names_are_rules():
+    assert methods.translate("difftpt_paper") == ("difftpt", {"rule": "paper"})
+    assert methods.translate("difftpt_code") == ("difftpt", {"rule": "code"})
+    assert difftpt.METHOD.options().rule == "paper"  # as the name difftpt alone always meant
+    with pytest.raises(ValueError, match="unknown rule 'papers'; did you mean 'paper'"):
+        methods.read_options(difftpt.METHOD, {"rule": "papers"})
 
 
 # --- the cache -----------------------------------------------------------------------------------
@@ -182,7 +179,7 @@ def scenes() -> datasets.Dataset:
 def test_pictures_survive_packing():
     for n in (1, 8, 11):
         pictures = torch.randint(0, 256, (n, 3, 5, 5), dtype=torch.uint8)
-        got, seconds = difftpt.unpack(difftpt.pack(pictures, 1.25))
+        got, seconds = pictures_module.unpack(pictures_module.pack(pictures, 1.25))
         assert torch.equal(got, pictures) and seconds == 1.25
 
 
@@ -213,7 +210,7 @@ def test_a_killed_generation_goes_on(scenes, tmp_path):
     undisturbed = generate(scenes, Paint(), 3, cache=tmp_path / "other")
     for image_id in scenes.ids:
         assert torch.equal(again.read(image_id, 3), undisturbed.read(image_id, 3))
-    damaged = again.folder / difftpt.file_name(scenes.ids[0])
+    damaged = again.folder / pictures_module.file_name(scenes.ids[0])
     damaged.write_bytes(damaged.read_bytes()[:60])
     assert again.missing(scenes.ids, 3) == scenes.ids[:1]
     painter = Paint()
@@ -222,9 +219,9 @@ def test_a_killed_generation_goes_on(scenes, tmp_path):
 
 
 def test_missing_or_other_pictures_are_an_error_that_says_how_to_make_them(scenes, tmp_path):
-    wanted = pictures_of(scenes, Paint(), 0, tmp_path, "python -m tpt_nb generate --x")
+    wanted = pictures_of(scenes, Paint(), 0, tmp_path)
     with pytest.raises(ValueError, match="4 of 4 images.*python -m tpt_nb generate --x"):
-        wanted.check(scenes.ids, 3)
+        wanted.check(scenes.ids, 3, "python -m tpt_nb generate --x")
     generate(scenes, Paint(strength=9), 3, cache=tmp_path)
     with pytest.raises(ValueError, match="differs in generator.strength.*Make them with"):
         wanted.check(scenes.ids, 3)
@@ -236,10 +233,13 @@ def test_missing_or_other_pictures_are_an_error_that_says_how_to_make_them(scene
 
 def test_an_archive_serves_what_the_folder_lacks(scenes, tmp_path, monkeypatch):
     monkeypatch.setattr(pictures_module, "SHIPPED", tmp_path / "shipped")
+    monkeypatch.syspath_prepend(DATA / "diffusion")
+    import ship
+
     made = generate(scenes, Paint(), 3, cache=tmp_path / "here")
-    archive = difftpt.ship(made, scenes.ids[:3])
+    archive = ship.ship(made, scenes.ids[:3])
     again = archive.read_bytes()
-    assert difftpt.ship(made, scenes.ids[:3]).read_bytes() == again  # no dates in it
+    assert ship.ship(made, scenes.ids[:3]).read_bytes() == again  # no dates in it
     elsewhere = pictures_of(scenes, Paint(), 0, tmp_path / "elsewhere")
     assert elsewhere.missing(scenes.ids, 3) == scenes.ids[3:]
     assert torch.equal(elsewhere.read(scenes.ids[1], 3), made.read(scenes.ids[1], 3))
@@ -248,11 +248,13 @@ def test_an_archive_serves_what_the_folder_lacks(scenes, tmp_path, monkeypatch):
 def test_the_variations_of_the_notebooks_images_ship(tmp_path):
     images = datasets.load("iconshift-a", n=100)
     shipped = pictures_of(images, difftpt.load_generator("mini"), cache=tmp_path)
-    shipped.check(images.ids, 16)  # the error says how to make them again; then diffusion.ship
+    shipped.check(
+        images.ids, 16
+    )  # the error says how to make them again; then data/diffusion/ship.py
 
 
 def test_file_names_are_safe_and_differ():
-    names = {difftpt.file_name(i) for i in ("a/b.jpg", "a-b.jpg", "ä/../x" * 60, "")}
+    names = {pictures_module.file_name(i) for i in ("a/b.jpg", "a-b.jpg", "ä/../x" * 60, "")}
     assert len(names) == 4 and all("/" not in n and len(n) < 100 for n in names)
 
 
@@ -262,15 +264,14 @@ def test_file_names_are_safe_and_differ():
 @pytest.fixture
 def painted(monkeypatch):
     """Runs in which every generator paints."""
-    monkeypatch.setattr(
-        pipeline_module, "load_generator", lambda name, device="cpu": Paint(side=16)
-    )
+    for module in (adapt_module, difftpt):
+        monkeypatch.setattr(module, "load_generator", lambda name, device="cpu": Paint(side=16))
 
 
 def _config(tmp_path, **more):
     common = dict(dataset="iconshift-a", reduced_size=3, n_aug=3, cache=str(tmp_path / "c"),
                   out=str(tmp_path / "runs"), n_generated=4, workers=0)  # fmt: skip
-    return RunConfig(**common | more)
+    return RunConfig.from_dict(common | more)
 
 
 def test_a_run_reads_pictures_and_says_what_they_cost(painted, tmp_path, capsys):
@@ -293,16 +294,25 @@ def test_a_run_reads_pictures_and_says_what_they_cost(painted, tmp_path, capsys)
     assert max(selected) < 8  # four crops with the image, four pictures
     # int((4 + int(4 * 0.8)) * 0.3) of them
     assert all(len(r["selected"]) == 2 for r in done.records)
-    assert done.config.tta_steps == 4 and done.config.selection_p_all == 0.3
+    assert done.config.options["steps"] == 4 and done.config.options["rho"] == 0.3
 
 
 def test_the_control_takes_the_crops_that_come_next(tmp_path):
     config = _config(tmp_path, method="difftpt_code", generator="crops")
     resolved, _ = runs.resolve(config)
     data, clip = datasets.load("iconshift-a", n=3), load_clip("mini", device="cpu")
-    made = difftpt.bind(difftpt.difftpt_code, resolved, clip, data).keywords["generated"]
+    prompts, cache = Prompts(clip, data.classnames), tmp_path / "c"
+    augmenter = make_augmenter("random", clip.image_size, n_aug=3)
+    setting = methods.Setting(clip, prompts, data, augmenter, resolved, cache, 0, "cpu")
+    options = runs.options_of(resolved)
+    ready = difftpt.METHOD.ready(options, setting)
     more = encode(data, clip, make_augmenter("random", clip.image_size, n_aug=7), cache=False)
-    assert torch.equal(made.features, more.features[:, 4:])
+    own, further = more.features[:, :4], more.features[:, 4:]
+    backwards = [2, 1, 0]  # the views that go with an image are found by its id
+    got = ready.adapt(own[backwards], prompts, [more.ids[i] for i in backwards])
+    expected = difftpt.METHOD(own[backwards], prompts, options, {"generated": further[backwards]})
+    assert torch.equal(got.logits, expected.logits)
+    assert torch.equal(got.selected, expected.selected)
     done = run(config)
     assert done.summary["n"] == 3 and "seconds_to_generate" not in done.summary
     with pytest.raises(ValueError, match="random crops"):
@@ -312,9 +322,21 @@ def test_the_control_takes_the_crops_that_come_next(tmp_path):
 def test_options_of_difftpt_belong_to_difftpt(tmp_path):
     with pytest.raises(ValueError, match="generator='crops' is for method 'difftpt'"):
         run(_config(tmp_path, method="tpt", generator="crops", n_generated=None))
-    plain, _ = runs.resolve(RunConfig(dataset="iconshift-a", method="tpt"))
-    assert "generator" not in runs.identity(plain)  # old runs keep their names
-    assert plain.tta_steps == 1
+
+
+def test_a_run_is_known_by_what_its_pictures_depend_on(tmp_path):
+    def named(**more):
+        return runs.resolve(_config(tmp_path, method="difftpt", **more))[0]
+
+    usual = named(n_generated=None)
+    assert usual.options["n_generated"] == 16
+    assert runs.identity(usual)["options"]["generator"] == difftpt.MiniGenerator().spec()
+    same = named(n_generated=16, generator="mini:steps=10")
+    assert runs.identity(same) == runs.identity(usual)
+    assert runs.identity(named(generator="mini:steps=4")) != runs.identity(named())
+    assert runs.identity(named(generator="crops"))["options"]["generator"] == "crops"
+    with pytest.raises(ValueError, match="no option 'speed'"):
+        named(generator="mini:speed=3")
 
 
 def test_without_diffusers_only_new_pictures_fail(scenes, tmp_path, monkeypatch):
@@ -392,8 +414,7 @@ def test_most_variations_of_source_scenes_are_recognised(mini):
     hits = []
     for i, image_id in enumerate(known.ids):
         made = difftpt.variations(known[i][0], 4, generator, image_id=image_id)
-        row = Image.fromarray(torch.cat(list(made), 2).permute(1, 2, 0).numpy())
-        features = clip.encode_views(difftpt.Row(4, clip.image_size)(row))
+        features = clip.encode_views(difftpt.Row(4, clip.image_size)(difftpt.as_row(made)))
         hits += ((features @ text.T).argmax(1) == known.targets[i]).tolist()
     assert np.mean(hits) > 0.2
 

@@ -22,8 +22,8 @@ from tqdm import tqdm
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
 
-from tpt_nb import datasets, models
-from tpt_nb.core.images import view_seed
+from tpt_nb import datasets, models  # noqa: E402
+from tpt_nb.core.images import view_seed  # noqa: E402
 from tpt_nb.core.machine import device_name, versions  # noqa: E402
 from tpt_nb.methods import difftpt  # noqa: E402
 from tpt_nb.models import Prompts  # noqa: E402
@@ -36,8 +36,8 @@ STEPS = (1, 2, 4, 25)
 
 def features_of(pictures: torch.Tensor, mini) -> torch.Tensor:
     """Features of small pictures ``[n,3,S,S]`` as views."""
-    row = Image.fromarray(torch.cat(list(pictures), 2).permute(1, 2, 0).numpy())
-    return mini.encode_views(difftpt.Row(len(pictures), mini.image_size)(row))
+    row = difftpt.Row(len(pictures), mini.image_size)
+    return mini.encode_views(row(difftpt.as_row(pictures)))
 
 
 def numbers(sets: list[torch.Tensor], originals, text, targets) -> dict:

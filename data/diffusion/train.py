@@ -10,7 +10,7 @@ frame). So it learns to make *other views of what the embedding says*, as views 
 augmentation are, and an object that is small in its scene comes out at a size that 32 px can show.
 One time in ten the embedding is left out, for classifier-free guidance.
 
-The network's map of places (`tpt_nb.diffusion.Network`) takes part from step 3000 on. It was added
+The network's map of places (`tpt_nb.methods.difftpt.Network`) takes part from step 3000 on. It was added
 during the only run, when the samples had the colours and not the shapes of what they should show;
 whoever starts anew may well let it take part at once (`--map-from 0`).
 
@@ -21,7 +21,7 @@ What ships is `generator.safetensors` of the output folder and its `log.jsonl`, 
 evaluate.py then writes the card, and pictures that were made before have to be made again.
 
 With more: `--scenes 200000 --batch 256 --steps 100000` on a GPU (bfloat16 there too) is what a run
-of some hours would be; the network in tpt_nb/diffusion.py could then be wider, and 64 px large.
+of some hours would be; the network (network.json) could then be wider, and 64 px large.
 """
 
 import argparse
@@ -43,7 +43,7 @@ sys.path.insert(0, str(HERE.parent.parent))
 
 from tpt_nb import models  # noqa: E402
 from tpt_nb.datasets import iconshift  # noqa: E402
-from tpt_nb.methods import difftpt
+from tpt_nb.methods import difftpt  # noqa: E402
 
 PAINT = 128  # scenes are painted at this size
 FIRST = 1_000_000  # of the stream; MiniCLIP was trained on the first 150,000
@@ -153,7 +153,7 @@ def sheet(network, bank, center, spread, path: Path, rows: int = 8) -> None:
     condition = ((bank["seen"][picks, 0] - center) / spread).repeat_interleave(7, 0)
     noise = torch.randn(len(condition), 3, 32, 32, generator=torch.Generator().manual_seed(1))
     made = difftpt.denoise(network, difftpt.build_schedule(), noise, condition)
-    made = (made.unflatten(0, (rows, 7)) * 127.5 + 127.5).round().byte()
+    made = difftpt.as_bytes(made).unflatten(0, (rows, 7))
     grid = torch.cat([bank["made"][picks, :1], made], 1)  # [rows,8,3,32,32]
     pixels = grid.permute(0, 3, 1, 4, 2).reshape(rows * 32, 8 * 32, 3).numpy()
     Image.fromarray(pixels).resize((8 * 64, rows * 64), Image.Resampling.NEAREST).save(path)

@@ -1,26 +1,27 @@
-"""Generators by name: the embedded one or a diffusers pipeline."""
+"""Any diffusers pipeline as a generator, and generators by name."""
 
 import functools
 import hashlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
-import numpy as np
 import torch
-import torch.nn.functional as F
+import torchvision.transforms.v2.functional as TF
 from PIL import Image
 from torch import Tensor
 
 from tpt_nb.core.images import as_rgb
 from tpt_nb.methods.difftpt.network import (
-    PAPER,
     MiniGenerator,
-    _check_sampling,
+    check_sampling,
     require_diffusers,
-    split_name,
+    whole_view,
 )
-from tpt_nb.views import center_view
+
+PAPER = "lambdalabs/sd-image-variations-diffusers@v2.0"
 
 
 @dataclass
@@ -29,8 +30,7 @@ class PipelineGenerator:
 
     Args:
         name: id on the hub, with ``@revision`` if it has one, or a folder.
-        steps: of denoising; None leaves it to the pipeline (50 for the paper's). Distilled models
-            take 1 to 4.
+        steps: of denoising; None leaves it to the pipeline (50 for the paper's).
         guidance: 3 as in the paper's code; None leaves it to the pipeline.
         batch: variations at once (the paper's code has 5); changes pictures by rounding at most.
         side: pictures are kept at this size; CLIP sees 224.
@@ -48,16 +48,16 @@ class PipelineGenerator:
     side: int = 224
     device: str = "cpu"
 
-    usual = 63
+    usual: ClassVar[int] = 63
 
     def __post_init__(self) -> None:
-        _check_sampling(1 if self.steps is None else self.steps, self.guidance or 0.0)
+        check_sampling(1 if self.steps is None else self.steps, self.guidance or 0.0)
         if self.batch < 1 or self.side < 1:
             raise ValueError(f"batch and side must be 1 or more; got {self.batch}, {self.side}.")
 
     def spec(self) -> dict:
         """What the pictures depend on, beside image and seed. A folder counts by its content."""
-        name = self.name
+        name, guidance = self.name, self.guidance
         if Path(name).is_dir():
             h = hashlib.sha256()
             for path in sorted(p for p in Path(name).rglob("*") if p.is_file()):
@@ -65,12 +65,8 @@ class PipelineGenerator:
                 with path.open("rb") as file:  # the first MiB: weights of gigabytes differ there
                     h.update(file.read(1 << 20))
             name = f"{Path(name).name} {h.hexdigest()[:16]}"
-        return {
-            "generator": name,
-            "steps": self.steps,
-            "guidance": None if self.guidance is None else float(self.guidance),
-            "side": self.side,
-        }
+        spec = {"generator": name, "steps": self.steps, "side": self.side}
+        return spec | {"guidance": None if guidance is None else float(guidance)}
 
     @functools.cached_property
     def pipeline(self):
@@ -94,43 +90,39 @@ class PipelineGenerator:
 
     def make(self, image: Image.Image, seeds: Sequence[int]) -> Tensor:
         """One variation per seed: uint8 ``[n,3,side,side]``."""
-        import inspect
-
-        takes = inspect.signature(self.pipeline.__call__).parameters
+        kind = type(self.pipeline)
+        takes = kind.__call__.__annotations__
         if "image" not in takes:
             raise ValueError(
-                f"the pipeline {self.name!r} ({type(self.pipeline).__name__}) takes no image; a "
-                "pipeline for image variations or image-to-image does."
+                f"the pipeline {self.name!r} ({kind.__name__}) takes no image; a pipeline for "
+                "image variations or image-to-image does."
             )
         options = {"num_inference_steps": self.steps, "guidance_scale": self.guidance}
         options = {key: v for key, v in options.items() if v is not None and key in takes}
         image, made = as_rgb(image), []
         for start in range(0, len(seeds), self.batch):
-            some = seeds[start : start + self.batch]
-            draws = [torch.Generator().manual_seed(seed) for seed in some]
-            if type(self.pipeline).__name__ == "StableDiffusionImageVariationPipeline":
-                options["image"] = _clip_input(image, self.pipeline).expand(len(some), -1, -1, -1)
+            draws = [torch.Generator().manual_seed(s) for s in seeds[start : start + self.batch]]
+            n = len(draws)
+            if kind.__name__ == "StableDiffusionImageVariationPipeline":
+                options["image"] = _clip_input(image, self.pipeline).expand(n, -1, -1, -1)
             else:
-                options["image"] = [image] * len(some)
+                options["image"] = [image] * n
             if "prompt" in takes:
-                options["prompt"] = [""] * len(some)
+                options["prompt"] = [""] * n
             done = self.pipeline(**options, generator=draws, output_type="pil").images
-            for picture in done:
-                view = center_view(picture.convert("RGB"), self.side)
-                made.append(torch.from_numpy(np.asarray(view).copy()).permute(2, 0, 1))
-        return torch.stack(made)
+            made += [whole_view(picture, self.side) for picture in done]
+        return torch.cat(made)
 
 
 def _clip_input(image: Image.Image, pipeline) -> Tensor:
     """``[1,3,224,224]`` as DiffTPT's generation script prepares it."""
     from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 
-    x = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)[None].float() / 255
-    size = pipeline.image_encoder.config.image_size
-    x = F.interpolate(x, (size, size), mode="bicubic", align_corners=False, antialias=False)
-    mean = torch.tensor(OPENAI_DATASET_MEAN).view(1, 3, 1, 1)
-    std = torch.tensor(OPENAI_DATASET_STD).view(1, 3, 1, 1)
-    return ((x - mean) / std).to(pipeline.device, pipeline.dtype)
+    x = TF.to_dtype(TF.pil_to_tensor(image)[None], torch.float32, scale=True)
+    side = pipeline.image_encoder.config.image_size
+    x = TF.resize(x, [side, side], TF.InterpolationMode.BICUBIC, antialias=False)
+    x = TF.normalize(x, OPENAI_DATASET_MEAN, OPENAI_DATASET_STD)
+    return x.to(pipeline.device, pipeline.dtype)
 
 
 def load_generator(name: str = "mini", device: str = "cpu") -> MiniGenerator | PipelineGenerator:
@@ -139,10 +131,9 @@ def load_generator(name: str = "mini", device: str = "cpu") -> MiniGenerator | P
     For example "mini:steps=4,guidance=1", or the paper's with fewer steps: ``PAPER + ":steps=25"``.
     Raises ``ValueError`` for options that it does not have.
     """
-    name, options = split_name(name)
+    name, options = _split_name(name)
     kinds = {"steps": int, "guidance": float}
-    if name != "mini":
-        kinds |= {"batch": int, "side": int}
+    kinds |= {} if name == "mini" else {"batch": int, "side": int}
     values = {}
     for key, text in options.items():
         if key not in kinds:
@@ -160,5 +151,13 @@ def load_generator(name: str = "mini", device: str = "cpu") -> MiniGenerator | P
 
 def usual_number(name: str) -> int:
     """How many variations of an image a generator makes where nothing is said."""
-    small = split_name(name)[0] in ("mini", "crops")
+    small = _split_name(name)[0] in ("mini", "crops")
     return MiniGenerator.usual if small else PipelineGenerator.usual
+
+
+def _split_name(name: str) -> tuple[str, dict[str, str]]:
+    """ "mini:steps=4,guidance=1" -> ("mini", {"steps": "4", "guidance": "1"})."""
+    match = re.fullmatch(r"(.+?)(?::((?:\w+=[^,=]*,?)+))?", name.strip())
+    if not match:
+        raise ValueError(f"generator is {name!r}; expected a name, or name:option=value,...")
+    return match[1], dict(part.split("=") for part in (match[2] or "").split(",") if part)
