@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from tpt_nb import datasets
+from tpt_nb.core.paths import DATA
 from tpt_nb.datasets import BENCHMARKS, imagenet_classes
 
 PNG = None
@@ -453,7 +454,7 @@ def test_an_empty_folder_says_what_is_expected(tmp_path, name):
 
 
 def test_the_card_has_a_line_for_each_set():
-    text = (datasets.benchmarks.DATA / "README.md").read_text()
+    text = (DATA / "README.md").read_text()
     for name, benchmark in BENCHMARKS.items():
         line = next(line for line in text.splitlines() if line.startswith(f"| `{name}` |"))
         assert f"| {benchmark.classes:,} |" in line

@@ -466,7 +466,7 @@ def test_a_data_set_is_brought_and_unpacked_once(archive_server, tmp_path, monke
     if keep:
         monkeypatch.setenv("TPT_NB_ARCHIVES", str(tmp_path / "drive"))
     for _ in range(2):
-        folder = sources.get("toy", progress=False)
+        folder = sources.download("toy", progress=False)
         assert (folder / "outer" / "images" / "cat" / "1.png").read_bytes() == b"cat"
         assert (folder / "split.json").read_text() == "{}"
         assert not (folder / "outer" / "inner.tar.gz").exists()
@@ -475,7 +475,7 @@ def test_a_data_set_is_brought_and_unpacked_once(archive_server, tmp_path, monke
     assert not (folder / "outer.zip").exists()
     if keep:  # a new machine with the same Drive: nothing is downloaded again
         monkeypatch.setenv("TPT_NB_DATASETS", str(tmp_path / "other"))
-        sources.get("toy", progress=False)
+        sources.download("toy", progress=False)
         assert asked == ["/outer.zip", "/split.json", "/split.json"]
 
 
@@ -485,9 +485,9 @@ def test_every_data_set_says_how_to_get_it():
         assert (name in sources.BY_HAND) != (name in sources.SOURCES)
         assert f"download {name}" in text or name in sources.BY_HAND
     with pytest.raises(ValueError, match="image-net.org"):
-        sources.get("imagenet")
+        sources.download("imagenet")
     with pytest.raises(ValueError, match="known: imagenet-a"):
-        sources.get("nonsense")
+        sources.download("nonsense")
 
 
 @pytest.mark.parametrize("name", sources.SOURCES)

@@ -45,7 +45,7 @@ def test_images_labels_and_names(root):
     for i in range(4):
         image, target = data[i]
         assert image.mode == "RGB" and target == data.targets[i]
-        assert data.paths[i] == root / data.ids[i]
+        assert data.paths[i] == str(root / data.ids[i])
         assert np.array_equal(np.asarray(image), np.asarray(Image.open(root / data.ids[i])))
 
 

@@ -1,5 +1,6 @@
 """Writing a file whole or not at all, and one writer per folder."""
 
+import codecs
 import contextlib
 import hashlib
 import json
@@ -30,6 +31,17 @@ def write_whole(path: str | Path, data: bytes | str) -> None:
 def write_json(path: str | Path, value: Mapping) -> None:
     """:func:`write_whole` of a value as JSON."""
     write_whole(path, json.dumps(value, indent=1) + "\n")
+
+
+def read_text(path: str | Path) -> str:
+    """A text file, with or without a byte order mark; ``ValueError`` names one that is no text."""
+    data = Path(path).read_bytes()
+    wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        return data.decode("utf-16" if wide else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        place = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path}, line {place}: not UTF-8; save the file as UTF-8") from error
 
 
 def sha256(path: str | Path) -> str:

@@ -43,7 +43,7 @@ class Remote:
         return fs, base.rstrip("/")
 
     def files(self) -> list[tuple[str, int]]:
-        """(path relative to the folder, size or -1) of all files, sorted; without net the last ones.
+        """(path relative to the folder, size or -1) of all files, sorted, or as last listed.
 
         Raises ``ValueError`` for no address or no files; ``OSError`` if it was never reached.
         """

@@ -1,61 +1,42 @@
-"""TODO."""
+"""Data sets: the registry, IconShift, folders here and remote, the field's sets, damage, downloads.
 
-from tpt_nb.datasets import benchmarks, damage, iconshift, sources, splits
-from tpt_nb.datasets.benchmarks import BENCHMARKS, Benchmark
+Never imported here: models, views, or anything that computes on images.
+One more data set: a line in the table of ``registry.py``, or ``register`` in a notebook.
+"""
+
+from tpt_nb.datasets import iconshift, sources
+from tpt_nb.datasets.benchmarks import BENCHMARKS
 from tpt_nb.datasets.damage import CORRUPTIONS, SEVERITIES, corrupt, corrupted
-from tpt_nb.datasets.folder import (
-    NAMES_FILE,
-    Folder,
-    class_folders,
-    from_files,
-    image_files,
-    load_folder,
-    read_names,
-    spelling,
-)
-from tpt_nb.datasets.imagenet import SYNSET, check_order, imagenet_classes
-from tpt_nb.datasets.registry import (
-    ICONSHIFT,
-    Dataset,
-    balanced_subset,
-    known,
-    load,
-    subset,
-    template,
-)
-from tpt_nb.datasets.sources import SOURCES, get, how_to_get
+from tpt_nb.datasets.dataset import Dataset, balanced_subset, subset
+from tpt_nb.datasets.folder import load_folder
+from tpt_nb.datasets.imagenet import check_order, imagenet_classes
+from tpt_nb.datasets.registry import ICONSHIFT, get, load, names, register, template
+from tpt_nb.datasets.sources import download, how_to_get
+from tpt_nb.datasets.tree import image_files
+
+known = names  # of before
 
 __all__ = [
     "BENCHMARKS",
-    "Benchmark",
     "CORRUPTIONS",
+    "ICONSHIFT",
     "SEVERITIES",
-    "SOURCES",
-    "benchmarks",
+    "Dataset",
+    "balanced_subset",
+    "check_order",
     "corrupt",
     "corrupted",
-    "damage",
+    "download",
     "get",
     "how_to_get",
     "iconshift",
-    "sources",
-    "splits",
-    "Dataset",
-    "Folder",
-    "ICONSHIFT",
-    "NAMES_FILE",
-    "SYNSET",
-    "balanced_subset",
-    "check_order",
-    "class_folders",
-    "from_files",
     "image_files",
     "imagenet_classes",
-    "known",
     "load",
     "load_folder",
-    "read_names",
-    "spelling",
+    "names",
+    "register",
+    "sources",
     "subset",
     "template",
 ]

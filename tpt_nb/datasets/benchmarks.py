@@ -14,8 +14,10 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from tpt_nb.core.files import read_text
 from tpt_nb.core.remote import is_remote
-from tpt_nb.datasets.folder import Folder, class_folders, from_files, load_folder
+from tpt_nb.datasets.dataset import Dataset, from_files
+from tpt_nb.datasets.folder import class_folders, load_folder
 from tpt_nb.datasets.imagenet import (
     SYNSET,
     _check_synsets,
@@ -36,7 +38,7 @@ from tpt_nb.datasets.splits import (
 )
 
 
-def _imagenet(name: str, root: str | Path, classnames) -> Folder:
+def _imagenet(name: str, root: str | Path, classnames) -> Dataset:
     """A set of the ImageNet family: class folders named by synset (V2: by number)."""
     benchmark = BENCHMARKS[name]
     names = imagenet_classes(name[-1] if name in ("imagenet-a", "imagenet-r") else "")
@@ -62,6 +64,7 @@ def _imagenet(name: str, root: str | Path, classnames) -> Folder:
             f"{name}: {len(data):,} images of {found:,} classes are here; the whole set has "
             f"{benchmark.size:,} images of {benchmark.classes:,} classes"
         )
+    note = "; ".join(text for text in (note, data.note) if text)
     return dataclasses.replace(data, name=name, note=note)
 
 
@@ -81,7 +84,7 @@ def _own_names(
     return dict(zip(known, given, strict=True))
 
 
-def _with_split(name: str, root: Path, classnames) -> Folder:
+def _with_split(name: str, root: Path, classnames) -> Dataset:
     """A set whose labels are in a split file, or else in the files of its official test split."""
     benchmark = BENCHMARKS[name]
     places = [root / p for p in benchmark.places if (root / p).is_dir()]
@@ -117,7 +120,7 @@ def _from_split(name: str, places: list[Path], path: Path) -> tuple[list[str], I
     """Names and test images of a split file: lists of [path, label, class name]."""
     benchmark = BENCHMARKS[name]
     try:
-        split = json.loads(path.read_text(encoding="utf-8"))
+        split = json.loads(read_text(path))
         entries = {part: [(str(p), int(y), str(c)) for p, y, c in split[part]] for part in split}
         test = entries["test"]
     except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -146,7 +149,7 @@ def load(
     name: str,
     root: str | Path,
     classnames: Mapping[str, str] | Sequence[str] | None = None,
-) -> Folder:
+) -> Dataset:
     """The test images of a data set, in a fixed order, with labels and class names.
 
     Args:

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageFilter, ImageOps
 
 from tpt_nb.core.images import as_rgb, view_seed
-from tpt_nb.datasets.registry import Dataset
+from tpt_nb.datasets.dataset import Dataset
 
 VERSION = 1  # raise it when the pixels change
 

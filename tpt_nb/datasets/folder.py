@@ -2,82 +2,34 @@
 
 The layout of ImageNet and its variants (class folders named by synset, names in CoOp's
 ``classnames.txt``) and of any set that is sorted by hand. The root may be remote (``s3://...``, see
-:mod:`tpt_nb.remote`): images are then fetched when they are read, and kept.
+:mod:`tpt_nb.core.remote`): images are then fetched when they are read, and kept.
 """
 
-import hashlib
-import os
+import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
-
-from tpt_nb.core.images import EXTENSIONS, read_rgb
+from tpt_nb.core.files import read_text
+from tpt_nb.core.images import EXTENSIONS
 from tpt_nb.core.remote import Remote, is_remote
+from tpt_nb.datasets.dataset import Dataset, from_files, from_remote, printable
+from tpt_nb.datasets.tree import hidden, hidden_folder, is_image, others, some, walk
 
 NAMES_FILE = "classnames.txt"
-
-
-@dataclass(frozen=True)
-class Folder:
-    """Map-style data set of (PIL RGB image, target) over image files.
-
-    ``ids`` are posix paths relative to the root, sorted; ``targets`` index ``classnames``;
-    ``fingerprint`` hashes paths and sizes of the files (no times: a copy is the same data set). A
-    file that cannot be decoded raises from ``__getitem__``. ``remote`` fetches the files of a
-    remote root, whose ``paths`` are addresses; ``note`` says what a reader of numbers should know
-    about the set.
-    """
-
-    name: str
-    classnames: list[str]
-    ids: list[str]
-    targets: list[int]
-    paths: list[Path] | list[str]
-    fingerprint: str
-    remote: Remote | None = None
-    note: str = ""
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, i: int) -> tuple[Image.Image, int]:
-        path = self.remote.local(self.ids[i]) if self.remote else self.paths[i]
-        return read_rgb(path), self.targets[i]
-
-
-def from_files(
-    name: str,
-    classnames: Sequence[str],
-    items: Sequence[tuple[str, int, Path]],
-    note: str = "",
-) -> Folder:
-    """Data set of local files: (id, label, path) in the order that the images shall have."""
-    ids, targets, paths = map(list, zip(*items, strict=True))
-    # a dangling link fails when it is read
-    sizes = [path.stat().st_size if path.exists() else -1 for path in paths]
-    print_ = _fingerprint(zip(ids, sizes, strict=True))
-    return Folder(name, list(classnames), ids, targets, paths, print_, note=note)
-
-
-def _fingerprint(files) -> str:
-    digest = hashlib.sha256()
-    for image_id, size in files:
-        digest.update(f"{image_id}\0{size}\n".encode(errors="surrogateescape"))
-    return digest.hexdigest()
 
 
 def load_folder(
     root: str | Path,
     classnames: Mapping[str, str] | Sequence[str] | None = None,
     order: Sequence[str] | None = None,
-) -> Folder:
+) -> Dataset:
     """Data set of the images in the class folders of `root`.
+
+    ``ids`` are posix paths relative to the root, sorted. What was left out is in ``note``.
 
     Args:
         root: folder with one sub-folder per class, or the address of a remote one. Sub-folders of
-            a class folder belong to the class; names that begin with "." or "__" are skipped.
+            a class folder belong to the class; hidden ones are passed over.
         classnames: None takes the names from ``root/classnames.txt`` ("folder name of the class"
             per line, CoOp's layout) if there is one, else the folder names, underscores read as
             spaces. A mapping gives folder -> class name and may hold more folders than there are
@@ -89,47 +41,44 @@ def load_folder(
             the same name.
 
     Raises:
-        ValueError: no such folder, no class folder, no image, or class folders that no class name
-            matches.
+        ValueError: no such folder, no class folder, no image, a folder that may not be read, or
+            class folders that no class name matches.
         OSError: a remote root cannot be listed.
     """
-    if is_remote(root):
-        remote = Remote(str(root).rstrip("/"))
-        listing = [f for f in remote.files() if not any(map(_hidden, f[0].split("/")))]
-        folders = sorted({rel.split("/")[0] for rel, _ in listing if "/" in rel})
-        loose = [rel for rel, _ in listing if "/" not in rel]
-        names_file = remote.local(NAMES_FILE) if NAMES_FILE in loose else None
-    else:
-        remote, root = None, Path(root)
-        folders = class_folders(root)
-        loose = [p.name for p in root.iterdir() if p.is_file()]
-        names_file = root / NAMES_FILE if NAMES_FILE in loose else None
-    if not folders:
-        images = sum(_is_image(name) for name in loose)
-        found = f"{images} images but no class folder" if images else "no class folder"
-        raise ValueError(f"{root} has {found}; expected images in {root}/<class name>/")
-    names, label = _match(root, folders, classnames, names_file, order)
-
+    remote = Remote(str(root).rstrip("/")) if is_remote(root) else None
     if remote:
-        files = [(rel, size) for rel, size in listing if "/" in rel and _is_image(rel)]
-        items = sorted((rel, label[rel.split("/")[0]], size) for rel, size in files)
+        listing = [(path, size) for path, size in remote.files() if not hidden(path)]
+        folders = sorted({path.split("/")[0] for path, _ in listing if "/" in path})
+        loose = [path for path, _ in listing if "/" not in path]
+        found = [(path, size) for path, size in listing if is_image(path)]
+        notes = others([path for path, _ in listing])
     else:
-        items = sorted(
-            (path.relative_to(root).as_posix(), label[folder], path)
-            for folder in folders
-            for path in image_files(root / folder)
-        )
+        root = Path(root)
+        folders = class_folders(root)
+        loose = [path.name for path in root.iterdir() if path.is_file()]
+        paths, notes = walk(root)
+        found = [(printable(path.relative_to(root).as_posix()), path) for path in paths]
+    images = sorted(name for name in loose if is_image(name) and not name.startswith("."))
+    if not folders:
+        had = f"{len(images)} images but no class folder" if images else "no class folder"
+        raise ValueError(f"{root} has {had}; expected images in {root}/<class name>/")
+    names_file = None
+    if NAMES_FILE in loose:
+        names_file = remote.local(NAMES_FILE) if remote else root / NAMES_FILE
+    names, label, twins = _match(root, folders, classnames, names_file, order)
+    items = sorted((i, label[i.split("/")[0]], what) for i, what in found if "/" in i)
     if not items:
         raise ValueError(
             f"no image in the {len(folders)} class folders of {root} (the first: {folders[0]!r}); "
             f"known extensions: {', '.join(EXTENSIONS)}"
         )
-    if not remote:
-        return from_files(root.resolve().name, names, items)
-    ids, targets, sizes = map(list, zip(*items, strict=True))
-    paths = [f"{remote.url}/{image_id}" for image_id in ids]
-    print_ = _fingerprint(zip(ids, sizes, strict=True))
-    return Folder(remote.url.split("/")[-1], names, ids, targets, paths, print_, remote)
+    filled = {image_id.split("/")[0] for image_id, _, _ in items}
+    notes += some(images, "images in no class folder left out")
+    notes += some([f for f in folders if f not in filled], "class folders without images") + twins
+    note = f"{root}: {'; '.join(notes)}" if notes else ""
+    if remote:
+        return from_remote(remote, names, items, note)
+    return from_files(printable(root.resolve().name), names, items, note)
 
 
 def class_folders(root: Path) -> list[str]:
@@ -137,12 +86,14 @@ def class_folders(root: Path) -> list[str]:
     if not root.is_dir():
         what = "is a file" if root.exists() else "does not exist"
         raise ValueError(f"{root} {what}; expected a folder that holds one folder per class")
-    return sorted(p.name for p in root.iterdir() if p.is_dir() and not _hidden(p.name))
+    return sorted(
+        printable(p.name) for p in root.iterdir() if p.is_dir() and not hidden_folder(p.name)
+    )
 
 
 def read_names(path: str | Path) -> dict[str, str]:
     """folder -> class name from lines of "folder name of the class" (CoOp's ``classnames.txt``)."""
-    lines = [line.split(maxsplit=1) for line in Path(path).read_text("utf-8").splitlines()]
+    lines = [line.split(maxsplit=1) for line in read_text(path).splitlines()]
     for number, line in enumerate(lines, start=1):
         if len(line) == 1:
             raise ValueError(
@@ -151,51 +102,47 @@ def read_names(path: str | Path) -> dict[str, str]:
     return {line[0]: line[1].strip() for line in lines if line}
 
 
-def _hidden(name: str) -> bool:
-    return name.startswith((".", "__"))
-
-
-def image_files(folder: Path) -> list[Path]:
-    found = []
-    for base, inner, names in os.walk(folder, followlinks=True):
-        inner[:] = [name for name in inner if not _hidden(name)]
-        found += [Path(base, n) for n in names if _is_image(n) and n[0] != "."]
-    return found
-
-
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(EXTENSIONS)
-
-
 def spelling(name: str) -> str:
     """A name as it compares with others: case, underscores and hyphens do not count."""
-    return " ".join(name.replace("_", " ").replace("-", " ").casefold().split())
+    name = unicodedata.normalize("NFC", name).casefold()
+    return " ".join(name.replace("_", " ").replace("-", " ").split())
 
 
 def _match(
     root, folders: list[str], classnames, names_file: Path | None, order
-) -> tuple[list[str], dict[str, int]]:
-    """Class names in label order, and the label of each folder."""
-    source = "classnames"
+) -> tuple[list[str], dict[str, int], list[str]]:
+    """Class names in label order, the label of each folder, notes of folders that read alike."""
+    source, twins = "classnames", []
     if classnames is None and names_file:
         source = f"{root}/{NAMES_FILE}"
         classnames = read_names(names_file)
     if classnames is None:
-        classnames = {folder: folder.replace("_", " ") for folder in folders}
+        twins = _twins(folders)
+        plain = {folder: unicodedata.normalize("NFC", folder) for folder in folders}
+        classnames = {folder: name.replace("_", " ") for folder, name in plain.items()}
     if isinstance(classnames, Mapping):
         known = list(order or classnames)
         _refuse([f for f in folders if f not in known], folders, root, source, known)
         if order:
-            return [classnames[folder] for folder in order], {f: i for i, f in enumerate(order)}
+            return [classnames[f] for f in order], {f: i for i, f in enumerate(order)}, twins
         names = list(dict.fromkeys(classnames[folder] for folder in folders))
-        return names, {folder: names.index(classnames[folder]) for folder in folders}
+        return names, {folder: names.index(classnames[folder]) for folder in folders}, twins
     names = list(classnames)
     labels = {spelling(name): i for i, name in enumerate(names)}
     if len(labels) < len(names):
         twice = next(n for i, n in enumerate(names) if labels[spelling(n)] != i)
         raise ValueError(f"the list of class names spells {twice!r} more than once")
     _refuse([f for f in folders if spelling(f) not in labels], folders, root, source, names)
-    return names, {folder: labels[spelling(folder)] for folder in folders}
+    return names, {folder: labels[spelling(folder)] for folder in folders}, _twins(folders)
+
+
+def _twins(folders: list[str]) -> list[str]:
+    alike: dict[str, list[str]] = {}
+    for folder in folders:
+        alike.setdefault(spelling(folder), []).append(ascii(folder))
+    return some(
+        [" and ".join(t) for t in alike.values() if len(t) > 1], "class names of two folders"
+    )
 
 
 def _refuse(bad: list[str], folders: list[str], root, source: str, known: list[str]) -> None:

@@ -198,7 +198,7 @@ def _host(url: str) -> str:
     return "Google Drive" if url.startswith("gdrive:") else url.split("/")[2]
 
 
-def get(name: str, root: str | Path | None = None, progress: bool = True) -> Path:
+def download(name: str, root: str | Path | None = None, progress: bool = True) -> Path:
     """Download and unpack a data set, unless it is there; returns its folder.
 
     Args:
@@ -229,3 +229,6 @@ def get(name: str, root: str | Path | None = None, progress: bool = True) -> Pat
             if not keep:
                 archive.unlink(missing_ok=True)
     return folder
+
+
+get = download  # of before

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tpt_nb.core.files import read_text
 from tpt_nb.datasets.folder import class_folders, spelling
 
 Items = list[tuple[str, int, Path]]  # (id, label, path)
@@ -160,7 +161,7 @@ def _cub(place: Path, benchmark: Benchmark) -> tuple[list[str], Items]:
 def _lines(path: Path) -> list[str]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: without it the labels are not known")
-    return [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
+    return [line.strip() for line in read_text(path).splitlines() if line.strip()]
 
 
 def _refuse_unknown(path: Path, given: Sequence[str], known: Mapping[str, int]) -> None:
