@@ -155,6 +155,7 @@ class Paint:
     dies_after: int = -1
     made: list = field(default_factory=list)
     device: str = "cpu"
+    usual: int = 4
 
     def spec(self) -> dict:
         return {"generator": "paint", "side": self.side, "strength": self.strength}
@@ -342,7 +343,7 @@ def test_a_run_is_known_by_what_its_pictures_depend_on(tmp_path):
 def test_without_diffusers_only_new_pictures_fail(scenes, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(ValueError, match="needs diffusers: pip install") as error:
-        difftpt.variations(scenes[0][0], 1)
+        difftpt.variations(scenes[0][0], 1, difftpt.load_generator())
     assert "\n" not in str(error.value)
     with pytest.raises(ValueError, match="needs diffusers"):
         difftpt.PipelineGenerator("nobody/nothing").make(scenes[0][0], [0])
@@ -364,7 +365,7 @@ def test_names_of_generators():
     assert (made.steps, made.guidance) == (4, 1.0)
     made = difftpt.load_generator(difftpt.PAPER + ":steps=25")
     assert (made.name, made.steps, made.guidance) == (difftpt.PAPER, 25, 3.0)
-    assert difftpt.usual_number("mini:steps=4") < difftpt.usual_number(difftpt.PAPER) == 63
+    assert difftpt.load_generator("mini").usual < made.usual == 63
 
 
 # --- the embedded generator ----------------------------------------------------------------------

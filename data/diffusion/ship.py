@@ -38,8 +38,9 @@ def main() -> None:
     parser.add_argument("n", type=int)
     args = parser.parse_args()
     images = datasets.load(args.dataset, n=args.n)
-    pictures = difftpt.pictures_of(images, difftpt.load_generator("mini"))
-    pictures.check(images.ids, difftpt.usual_number("mini"))
+    generator = difftpt.load_generator("mini")
+    pictures = difftpt.pictures_of(images, generator)
+    pictures.check(images.ids, generator.usual)
     print(ship(pictures, images.ids))
 
 

@@ -10,8 +10,8 @@ frame). So it learns to make *other views of what the embedding says*, as views 
 augmentation are, and an object that is small in its scene comes out at a size that 32 px can show.
 One time in ten the embedding is left out, for classifier-free guidance.
 
-The network's map of places (`tpt_nb.methods.difftpt.Network`) takes part from step 3000 on. It was added
-during the only run, when the samples had the colours and not the shapes of what they should show;
+The network's map of places (`difftpt.Network`) takes part from step 3000 on. It was added during
+the only run, when the samples had the colours and not the shapes of what they should show;
 whoever starts anew may well let it take part at once (`--map-from 0`).
 
 Scenes come from the training stream (`iconshift-train`), from indices that MiniCLIP did not see.

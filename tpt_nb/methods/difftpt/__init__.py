@@ -5,12 +5,14 @@ them. One more generator: a class with ``spec()`` and ``make(image, seeds)``, fo
 """
 
 from tpt_nb.methods.difftpt.adapt import (
+    GENERATE,
     METHOD,
     VOTE,
     Row,
     as_row,
     filter_views,
     generated_features,
+    make_pictures,
     pictures_for,
 )
 from tpt_nb.methods.difftpt.network import (
@@ -30,11 +32,11 @@ from tpt_nb.methods.difftpt.pictures import (
     pictures_of,
     variations,
 )
-from tpt_nb.methods.difftpt.pipeline import PAPER, PipelineGenerator, load_generator, usual_number
+from tpt_nb.methods.difftpt.pipeline import PAPER, PipelineGenerator, load_generator
 
 __all__ = [
-    "METHOD", "PAPER", "SIDE", "VOTE", "MiniGenerator", "Network", "PipelineGenerator", "Row",
-    "as_bytes", "as_row", "build_schedule", "denoise", "file_name", "filter_views", "generate",
-    "generated_features", "load_generator", "picture_seed", "pictures_for", "pictures_of",
-    "require_diffusers", "start_noise", "usual_number", "variations",
+    "GENERATE", "METHOD", "PAPER", "SIDE", "VOTE", "MiniGenerator", "Network", "PipelineGenerator",
+    "Row", "as_bytes", "as_row", "build_schedule", "denoise", "file_name", "filter_views",
+    "generate", "generated_features", "load_generator", "make_pictures", "picture_seed",
+    "pictures_for", "pictures_of", "require_diffusers", "start_noise", "variations",
 ]  # fmt: skip

@@ -1,19 +1,11 @@
 """DiffTPT: generated variations of an image as views, filtered, then TPT on what is left.
 
 Feng et al., "Diverse Data Augmentation with Diffusions for Effective Test-time Prompt Tuning",
-2023. Paper and published code differ in the first filter (option ``rule``):
-
-==================  ============================  ================================
-..                  ``paper``                     ``code``
-==================  ============================  ================================
-cosine of           image features                logit vectors
-is asked of         generated views only          all views but the image itself
-keeps               0.8 of them                   0.8 of them
-then, by entropy    0.3 of what is left           0.3 of what is left
-==================  ============================  ================================
-
-With ``generator="crops"`` the generated views are as many further crops: the control that the paper
-lacks.
+2023. The first filter keeps 0.8 of the views, by their cosine with the image; the second 0.3 of
+what is left, by entropy. Paper and published code differ in the first (option ``rule``): *paper*
+compares image features, and only generated views have to pass; *code* compares logits, of all views
+but the image. With ``generator="crops"`` the generated views are as many further crops: the control
+that the paper lacks.
 """
 
 import dataclasses
@@ -29,11 +21,12 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from tpt_nb import datasets
 from tpt_nb.core.paths import cache_dir
 from tpt_nb.methods import tpt, tuning, votes
-from tpt_nb.methods.difftpt.network import whole_view
-from tpt_nb.methods.difftpt.pictures import Pictures, pictures_of
-from tpt_nb.methods.difftpt.pipeline import load_generator, usual_number
+from tpt_nb.methods.difftpt.network import MiniGenerator, whole_view
+from tpt_nb.methods.difftpt.pictures import Pictures, generate, pictures_of
+from tpt_nb.methods.difftpt.pipeline import load_generator
 from tpt_nb.methods.method import (
     Adapted,
     Method,
@@ -48,6 +41,11 @@ from tpt_nb.methods.method import (
 )
 from tpt_nb.models import Prompts, TemplatePrompts
 from tpt_nb.views import RandomViews
+
+GENERATE = (  # the options of a run that the command generate has
+    *("dataset", "root", "reduced_size", "subset_seed"),
+    *("generator", "n_generated", "generator_seed", "cache", "device"),
+)
 
 
 @dataclass(frozen=True)
@@ -114,7 +112,7 @@ def as_row(pictures: Tensor) -> Image.Image:
     return Image.fromarray(torch.cat(list(pictures), 2).permute(1, 2, 0).numpy())
 
 
-def generated_features(dataset, clip, pictures: Pictures, n: int, cache=None, progress=True):
+def generated_features(dataset, clip, pictures: Pictures, n: int, cache=None):
     """Features ``[N,n,D]`` of the first ``n`` variations of each image, as ``encode`` has them.
 
     Kept in the feature cache like those of any views; ``ValueError`` if pictures are missing.
@@ -130,24 +128,33 @@ def generated_features(dataset, clip, pictures: Pictures, n: int, cache=None, pr
         fetch=lambda i: as_row(pictures.read(dataset.ids[i], n)),
         paths=None,
     )
-    return encode(rows, clip, Row(n, clip.image_size), cache=cache, workers=0, progress=progress)
+    return encode(rows, clip, Row(n, clip.image_size), cache=cache, workers=0)
 
 
 def pictures_for(options: ViewOptions, config, dataset) -> Pictures:
     """The stored pictures of a (filled-in) run; ``ValueError`` says how to make missing ones."""
-    elsewhere = Path(config.cache) != cache_dir()
-    given = {name: getattr(config, name) for name in ("dataset", "root", "reduced_size")}
-    given |= {"subset_seed": config.subset_seed, **_own(options)}
-    given |= {"cache": config.cache if elsewhere else ""}
-    command = "".join(f" --{name} {value}" for name, value in given.items() if value)
+    values = vars(config) | vars(options) | {"device": ""}
+    values |= {"cache": ""} if Path(config.cache) == cache_dir() else {}
+    command = "".join(f" --{name} {values[name]}" for name in GENERATE if values[name])
     generator = load_generator(options.generator, config.device)
     pictures = pictures_of(dataset, generator, options.generator_seed, config.cache)
     pictures.check(dataset.ids, options.n_generated, f"python -m tpt_nb generate{command}")
     return pictures
 
 
-def _own(options: ViewOptions) -> dict:
-    return {f.name: getattr(options, f.name) for f in dataclasses.fields(ViewOptions)}
+def make_pictures(options: ViewOptions, config) -> str:
+    """Make the pictures of a (filled-in) run; returns what was made, in words."""
+    if options.generator == "crops":
+        raise ValueError("generator crops is made of views of the run: there is nothing to make.")
+    n, root = options.n_generated, config.root or None
+    dataset = datasets.load(config.dataset, config.reduced_size, config.subset_seed, root)
+    generator = load_generator(options.generator, config.device)
+    made = generate(dataset, generator, n, options.generator_seed, config.cache)
+    seconds = sum(made.seconds(image_id, n) for image_id in dataset.ids) / len(dataset)
+    return (
+        f"{n} variations of each of {len(dataset)} images, {seconds:.2f} s per image "
+        f"-> {made.folder}"
+    )
 
 
 def _further_crops(setting: Setting, n: int):
@@ -263,10 +270,9 @@ def _resolve(options: ViewOptions, config) -> ViewOptions:
     """The number of variations that is usual for the generator, the learning rate of the model."""
     if isinstance(options, Options):
         options = tuning.resolve(options, config)
-    if options.generator != "crops":
-        load_generator(options.generator)  # raises for what it does not take
-    n = options.n_generated or usual_number(options.generator)
-    return dataclasses.replace(options, n_generated=n)
+    crops = options.generator == "crops"
+    made = MiniGenerator if crops else load_generator(options.generator)  # raises for bad names
+    return dataclasses.replace(options, n_generated=options.n_generated or made.usual)
 
 
 def _identity(options: ViewOptions, config) -> dict:

@@ -24,7 +24,6 @@ from tpt_nb.core.files import write_json, write_whole
 from tpt_nb.core.machine import device_name, versions
 from tpt_nb.core.messages import bar
 from tpt_nb.core.paths import DATA, cache_dir
-from tpt_nb.methods.difftpt.pipeline import load_generator
 
 SHIPPED = DATA / "diffusion" / "pictures"
 FORMAT = 1  # of the cache
@@ -38,11 +37,9 @@ def picture_seed(seed: int, image_id: str, k: int) -> int:
 
 
 def variations(
-    image: Image.Image, n: int, generator="mini", seed: int = 0, image_id: str = "", first: int = 0
+    image: Image.Image, n: int, generator, seed: int = 0, image_id: str = "", first: int = 0
 ) -> Tensor:
     """Variations ``first`` to ``n - 1`` of one image, made now: uint8 ``[n-first,3,S,S]``."""
-    if isinstance(generator, str):
-        generator = load_generator(generator)
     return generator.make(image, [picture_seed(seed, image_id, k) for k in range(first, n)])
 
 
@@ -134,12 +131,7 @@ def pictures_of(dataset, generator, seed: int = 0, cache: Path | str | None = No
 
 
 def generate(
-    dataset,
-    generator,
-    n: int,
-    seed: int = 0,
-    cache: Path | str | None = None,
-    progress: bool = True,
+    dataset, generator, n: int, seed: int = 0, cache: Path | str | None = None
 ) -> Pictures:
     """Make ``n`` variations of every image of a data set, those that are not there yet.
 
@@ -160,7 +152,7 @@ def generate(
     made = versions() | made | {"device": device_name(str(generator.device))}
     write_json(pictures.folder / "manifest.json", {"key": pictures.key, "made_with": made})
     text, total = f"generate {pictures.key['generator']['generator']}", len(dataset.ids)
-    with bar(total, total - len(missing), text, progress, "image") as shown:
+    with bar(total, total - len(missing), text, unit="image") as shown:
         for i, image_id in enumerate(dataset.ids):
             if image_id in missing:
                 old, seconds = pictures.load(image_id)

@@ -131,11 +131,13 @@ def load_generator(name: str = "mini", device: str = "cpu") -> MiniGenerator | P
     For example "mini:steps=4,guidance=1", or the paper's with fewer steps: ``PAPER + ":steps=25"``.
     Raises ``ValueError`` for options that it does not have.
     """
-    name, options = _split_name(name)
-    kinds = {"steps": int, "guidance": float}
+    match = re.fullmatch(r"(.+?)(?::((?:\w+=[^,=]*,?)+))?", name.strip())
+    if not match:
+        raise ValueError(f"generator is {name!r}; expected a name, or name:option=value,...")
+    name, kinds, values = match[1], {"steps": int, "guidance": float}, {}
     kinds |= {} if name == "mini" else {"batch": int, "side": int}
-    values = {}
-    for key, text in options.items():
+    for part in filter(None, (match[2] or "").split(",")):
+        key, text = part.split("=")
         if key not in kinds:
             raise ValueError(
                 f"generator {name!r} has no option {key!r}; known: {', '.join(kinds)}."
@@ -147,17 +149,3 @@ def load_generator(name: str = "mini", device: str = "cpu") -> MiniGenerator | P
     if name == "mini":
         return MiniGenerator(**values, device=device)
     return PipelineGenerator(name, **values, device=device)
-
-
-def usual_number(name: str) -> int:
-    """How many variations of an image a generator makes where nothing is said."""
-    small = _split_name(name)[0] in ("mini", "crops")
-    return MiniGenerator.usual if small else PipelineGenerator.usual
-
-
-def _split_name(name: str) -> tuple[str, dict[str, str]]:
-    """ "mini:steps=4,guidance=1" -> ("mini", {"steps": "4", "guidance": "1"})."""
-    match = re.fullmatch(r"(.+?)(?::((?:\w+=[^,=]*,?)+))?", name.strip())
-    if not match:
-        raise ValueError(f"generator is {name!r}; expected a name, or name:option=value,...")
-    return match[1], dict(part.split("=") for part in (match[2] or "").split(",") if part)
