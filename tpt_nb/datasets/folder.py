@@ -92,8 +92,13 @@ def class_folders(root: Path) -> list[str]:
 
 
 def read_names(path: str | Path) -> dict[str, str]:
-    """folder -> class name from lines of "folder name of the class" (CoOp's ``classnames.txt``)."""
+    """folder -> class name from lines of "folder name of the class" (CoOp's ``classnames.txt``).
+
+    A file with one word on every line names the folders only, and these are the names.
+    """
     lines = [line.split(maxsplit=1) for line in read_text(path).splitlines()]
+    if all(len(line) < 2 for line in lines):
+        return {line[0]: line[0].replace("_", " ") for line in lines if line}
     for number, line in enumerate(lines, start=1):
         if len(line) == 1:
             raise ValueError(

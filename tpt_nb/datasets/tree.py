@@ -62,16 +62,16 @@ def walk(root: Path) -> tuple[list[Path], list[str]]:
         what = "is a file" if root.exists() else "does not exist"
         raise ValueError(f"{root} {what}; expected a folder of images")
     # links wait until all real folders are read: a folder is found under its own name
-    folders, links, seen = [root], deque(), set()
+    folders, links, seen = deque([root]), deque(), set()
     files, again = [], []
     while folders or links:
-        folder = folders.pop() if folders else links.popleft()
+        folder = (folders or links).popleft()
         about = folder.stat()
         if (about.st_dev, about.st_ino) in seen:
             again.append(folder.relative_to(root).as_posix())
             continue
         seen.add((about.st_dev, about.st_ino))
-        for entry in reversed(_entries(folder)):
+        for entry in _entries(folder):
             path = folder / entry.name
             if not _is_folder(entry):
                 files += [] if entry.name.startswith(".") else [path]
