@@ -1,62 +1,71 @@
-"""What the first cell of every notebook does: install what Colab lacks, and say what there is.
+"""What the first cells of every notebook do: ``start`` the machine, ``prepare`` model and images.
 
-``install`` runs where the notebook came alone (Colab, Kaggle); it installs what is missing of
-``ci/requirements-colab.txt`` and cannot touch torch, numpy and Jupyter, whose replacement breaks a
-running kernel. ``ready`` prints versions, device and profile. Both work without a network and
-without a front end (papermill, a Colab machine run from a shell).
+Both work without a network and without a front end (papermill, a Colab machine run from a shell).
+On top level only what a bare Colab has is imported: ``start`` installs the rest.
 """
 
+import dataclasses
 import os
 import platform
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
+from tpt_nb import figures
 from tpt_nb.core.paths import REPO
 
 LIST = REPO / "ci" / "requirements-colab.txt"
-
-
 DRIVE = Path("/content/drive/MyDrive")
-
-
 # loaded already in a running kernel, or pinned by Colab's own packages
 KEEP = ("torch", "torchvision", "torchaudio", "numpy", "pandas", "scipy", "pillow", "matplotlib")
 KEEP += ("ipykernel", "ipython", "ipywidgets", "jupyter-client", "jupyter-core", "traitlets")
 KEEP += ("tornado", "pyzmq", "notebook", "nbclient", "nbformat", "nbconvert")
 
 
-def on_colab() -> bool:
-    """Is this a Colab machine, with or without a front end?"""
-    return "COLAB_RELEASE_TAG" in os.environ or "google.colab" in sys.modules
+def start(drive: bool = False) -> None:
+    """Install what is missing, set the style of figures; say versions, device and profile.
 
+    On Colab and Kaggle profile "auto" may download what full needs, if there is a GPU.
 
-def on_kaggle() -> bool:
-    return "KAGGLE_KERNEL_RUN_TYPE" in os.environ
+    Args:
+        drive: on Colab, keep archives, features and results on Google Drive, so that they outlive
+            the machine (see :func:`use_drive`).
+    Raises:
+        RuntimeError: something is missing and pip cannot install it.
+    """
+    hosted = {"COLAB_RELEASE_TAG", "KAGGLE_KERNEL_RUN_TYPE"} & os.environ.keys()
+    if hosted or not _version("tpt_nb"):  # an environment of the reader's own is left as it is
+        install()
+    if str(REPO) not in sys.path:  # the first cell found the package by a relative path
+        sys.path.append(str(REPO))
+    import torch
 
+    from tpt_nb import __version__
 
-def has_frontend() -> bool:
-    """Can a cell ask its reader for something? Under papermill there is nobody to answer."""
-    return "google.colab" in sys.modules and not os.environ.get("TPT_NB_HEADLESS")
-
-
-def missing(path: Path = LIST) -> list[str]:
-    """The lines of a list of requirements whose package is not installed."""
-    out = []
-    for line in path.read_text().splitlines():
-        line = line.split("#")[0].strip()
-        name = line.split(">")[0].split("=")[0].split("[")[0].strip()
-        if name and not _version(name):
-            out.append(line)
-    return out
+    figures.setup()
+    print(f"python {platform.python_version()}, torch {torch.__version__}, tpt_nb {__version__}")
+    if drive or os.environ.get("TPT_NB_DRIVE"):
+        use_drive()
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        print(f"device: {properties.name}, {properties.total_memory / 2**30:.0f} GB")
+        if hosted:
+            os.environ.setdefault("TPT_NB_DOWNLOAD", "1")
+    else:
+        print(f"device: CPU, {torch.get_num_threads()} threads")
+        if "COLAB_RELEASE_TAG" in hosted:
+            print("For a GPU: Runtime > Change runtime type > T4 GPU, then start again.")
+    print(_profile())
 
 
 def install() -> None:
-    """Install what is missing of Colab's list, and nothing else.
+    """Install what is missing of Colab's list, without touching torch, numpy and Jupyter.
 
-    Raises ``RuntimeError`` with pip's last words if it cannot (no network, for instance).
+    Their replacement would break the running kernel. Raises ``RuntimeError`` with pip's last words.
     """
     wanted = missing()
     if not wanted:
@@ -66,15 +75,21 @@ def install() -> None:
         constraints = Path(folder) / "constraints.txt"
         constraints.write_text("\n".join(pins))
         pip = [sys.executable, "-m", "pip", "install", "-q", "--disable-pip-version-check"]
-        done = subprocess.run(
-            [*pip, "-c", str(constraints), *wanted], capture_output=True, text=True
-        )
+        pip += ["-c", str(constraints), *wanted]
+        done = subprocess.run(pip, capture_output=True, text=True)
     if done.returncode:
         last = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1]
         raise RuntimeError(
             f"pip could not install {', '.join(wanted)}: {last}. Is there a network? On Kaggle, "
             "switch on 'Internet' in the notebook's settings."
         )
+
+
+def missing(path: Path = LIST) -> list[str]:
+    """The lines of a list of requirements whose package is not installed."""
+    lines = [line.split("#")[0].strip() for line in path.read_text().splitlines()]
+    names = [line.split(">")[0].split("=")[0].split("[")[0].strip() for line in lines]
+    return [line for line, name in zip(lines, names, strict=True) if name and not _version(name)]
 
 
 def _version(name: str) -> str | None:
@@ -84,35 +99,7 @@ def _version(name: str) -> str | None:
         return None
 
 
-def ready(drive: bool = False) -> None:
-    """Print python, torch, device and the profile that "auto" stands for, with the reason.
-
-    On Colab and Kaggle "auto" may download what the full profile needs, if there is a GPU.
-
-    Args:
-        drive: on Colab, keep archives, features and results on Google Drive, so that they outlive
-            the machine (see :func:`use_drive`).
-    """
-    import torch
-
-    from tpt_nb import __version__
-
-    print(f"python {platform.python_version()}, torch {torch.__version__}, tpt_nb {__version__}")
-    if drive or os.environ.get("TPT_NB_DRIVE"):
-        use_drive()
-    if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(0)
-        print(f"device: {properties.name}, {properties.total_memory / 2**30:.0f} GB")
-        if on_colab() or on_kaggle():
-            os.environ.setdefault("TPT_NB_DOWNLOAD", "1")
-    else:
-        print(f"device: CPU, {torch.get_num_threads()} threads")
-        if on_colab():
-            print("For a GPU: Runtime > Change runtime type > T4 GPU, then start again.")
-    print(profile())
-
-
-def profile() -> str:
+def _profile() -> str:
     """A sentence: what ``profile="auto"`` will be and why. Downloads nothing."""
     from tpt_nb import runs
 
@@ -135,25 +122,95 @@ def use_drive(folder: Path = DRIVE) -> bool:
     """Archives of data sets, cached features and ``out`` on Google Drive; whether that worked.
 
     One archive per data set is kept there and unpacked on the machine (Drive is slow with many
-    small files); features are some hundred files of 16 MB; results are appended image by image, so
-    that a run whose machine was taken away goes on where it stopped.
+    small files). Results are appended image by image: a run whose machine was taken away goes on.
     """
     if not folder.is_dir():
-        if not has_frontend():
+        if "google.colab" not in sys.modules or os.environ.get("TPT_NB_HEADLESS"):
             print("Google Drive is not mounted, and nobody can be asked to allow it; going on.")
             return False
         from google.colab import drive
 
         drive.mount(str(folder.parent))
     home = folder / "tpt_nb"
-    for variable, name in (("TPT_NB_ARCHIVES", "archives"), ("TPT_NB_CACHE", "cache")):
+    for name in ("archives", "cache", "out"):
         (home / name).mkdir(parents=True, exist_ok=True)
-        os.environ.setdefault(variable, str(home / name))
+    os.environ.setdefault("TPT_NB_ARCHIVES", str(home / "archives"))
+    os.environ.setdefault("TPT_NB_CACHE", str(home / "cache"))
     # unpacked images stay on the machine, whatever the cache is
     os.environ.setdefault("TPT_NB_DATASETS", str(Path.home() / "datasets"))
-    out = REPO / "out"
-    (home / "out").mkdir(exist_ok=True)
-    if not out.exists():
-        out.symlink_to(home / "out", target_is_directory=True)
+    if not (REPO / "out").exists():
+        (REPO / "out").symlink_to(home / "out", target_is_directory=True)
     print("Archives, features and results are kept in the folder tpt_nb of your Drive.")
     return True
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    """What the cells of a notebook work with."""
+
+    config: Any  # runs.RunConfig with every default filled in: profile, device, learning rate ...
+    why: str  # why this profile
+    images: Any  # the data set: (image, target), with classnames, targets and ids
+    clip: Any  # models.Clip, on the device
+    extra: Any = None  # what ``also`` returned
+
+
+def prepare(
+    *,
+    coop: str = "",
+    n: int | None = None,
+    also: Callable[[World], Any] | None = None,
+    mini: dict | None = None,
+    out_dir: str = "out/runs",
+    **values,
+) -> World:
+    """Configuration, images and model for a notebook's parameters; says which.
+
+    Where full was asked for, or is what "auto" found, and something that it needs is not to be had,
+    it says so and goes on with mini. An error of mini, or of a data set or model that was named
+    under "auto", is raised.
+
+    Args:
+        coop: CoOp checkpoint to start from; "auto": the embedded one in mini, none in full.
+        n: images to load; default: ``reduced_size`` of the configuration.
+        also: makes or checks what else this notebook needs; its ``ValueError``, ``OSError`` or
+            ``RuntimeError`` means that the profile is not possible. Its result is ``extra``.
+        mini: values that are others if it goes on with mini.
+        out_dir: where runs are kept, from the top of the repository.
+        values: of ``runs.RunConfig``, by the study's names too: profile, model, dataset, ...
+    """
+    from tpt_nb import runs
+
+    values["out"] = str(REPO / out_dir)
+    asked = {name: values.get(name, "auto") for name in ("profile", "dataset", "model")}
+    try:
+        world = _world(coop, n, also, values)
+    except (ValueError, OSError, RuntimeError) as error:
+        if set(asked.values()) == {"auto"}:
+            asked["profile"], _ = runs.choose_profile(runs.RunConfig())
+        if asked["profile"] != "full":
+            raise
+        print(f"PROFILE full IS NOT POSSIBLE HERE: {error}")
+        print("Going on with mini; nothing is ImageNet-A.")
+        values |= {"profile": "mini", "dataset": "auto", "model": "auto", "root": ""}
+        world = _world(coop and "auto", n, also, values | (mini or {}), "full is not possible here")
+    config, images = world.config, world.images
+    print(f"profile {config.profile} ({world.why}): {world.clip.name} on {images.name}", end=", ")
+    print(f"device {config.device}\n{len(images)} images of {len(images.classnames)} classes")
+    if coop:
+        print("the prompt starts from", "CoOp" if config.coop else repr(config.ctx_init))
+    return world
+
+
+def _world(coop: str, n: int | None, also, values: dict, why: str = "") -> World:
+    from tpt_nb import datasets, models, runs
+
+    config, reason = runs.resolve(runs.RunConfig.from_dict(values))
+    if coop == "auto":
+        coop = "mini" if config.model == "mini" else ""
+    if coop:
+        config, _ = runs.resolve(dataclasses.replace(config, coop=coop))
+    n = config.reduced_size if n is None else n
+    images = datasets.load(config.dataset, n=n, root=config.root or None)
+    world = World(config, why or reason, images, models.load(config.model, device=config.device))
+    return dataclasses.replace(world, extra=also(world)) if also else world
