@@ -10,7 +10,8 @@ import course_world as world
 import nbformat
 import pytest
 
-from tpt_nb.course import grafts, masters, submissions
+from tpt_nb.course import cells as code
+from tpt_nb.course import execution, masters, submissions
 from tpt_nb.course.__main__ import main
 
 REPO = Path(__file__).resolve().parents[2]
@@ -30,7 +31,7 @@ def master(folder):
 @pytest.fixture(scope="module")
 def given(master, tmp_path_factory):
     """name -> submission, read from its file, for every kind of submission."""
-    student, solution = masters.student_version(master), masters.solution_version(master)
+    student, solution = masters.version(master, "student"), masters.version(master, "solution")
     place = tmp_path_factory.mktemp("submissions")
     read = {}
     for name, (text, *_) in world.submissions(student, solution, place).items():
@@ -44,7 +45,7 @@ def given(master, tmp_path_factory):
 
 
 def test_the_student_version_has_stubs_and_visible_checks_and_nothing_that_gives_them_away(master):
-    notebook = masters.student_version(master)
+    notebook = masters.version(master, "student")
     nbformat.validate(notebook)
     text = nbformat.writes(notebook)
     for secret in ("SOLUTION", "middle", "kind=", "** 0.5", "ex1-test", "ties", "as we saw"):
@@ -63,7 +64,7 @@ def test_the_student_version_has_stubs_and_visible_checks_and_nothing_that_gives
 
 
 def test_the_solution_version_has_the_solutions_without_markers_and_hidden_tests(master):
-    notebook = masters.solution_version(master)
+    notebook = masters.version(master, "solution")
     nbformat.validate(notebook)
     text = nbformat.writes(notebook)
     assert "SOLUTION" not in text and "ex1-test" not in text
@@ -76,7 +77,7 @@ def test_released_notebooks_differ_from_their_master_in_exercises_alone(path):
     master = masters.load_master(path)
     visible = [c for c in master.notebook.cells if not c.metadata.get("tpt", {}).get("hidden")]
     answers = {q.cell for q in master.questions.values()}
-    student, solution = masters.student_version(master), masters.solution_version(master)
+    student, solution = masters.version(master, "student"), masters.version(master, "solution")
     kept = [c for c in visible if "solution" not in c.metadata.get("tags", [])]
     for version, cells in ((student, kept), (solution, visible)):
         assert [c.id for c in version.cells] == [c.id for c in cells]
@@ -93,7 +94,7 @@ def test_released_notebooks_differ_from_their_master_in_exercises_alone(path):
         for body in inside:
             assert body not in nbformat.writes(student)
             assert body in next(c.source for c in solution.cells if c.id == q.cell)
-        ast.parse(grafts.as_reports(q.checks))
+        ast.parse(code.as_reports(q.checks))
 
 
 def test_release_writes_the_same_twice_and_check_names_what_differs(folder, tmp_path, capsys):
@@ -147,8 +148,8 @@ def test_a_wrong_master_is_refused(edit, message, tmp_path, capsys):
 
 def test_the_blank_version_has_no_answers_and_the_reference_has_all(given, master):
     for question in master.questions.values():
-        assert submissions.find_answer(question, given["blank"].cells).status == "blank"
-        answer = submissions.find_answer(question, given["reference"].cells)
+        assert submissions.find_answer(master, question.id, given["blank"].cells).status == "blank"
+        answer = submissions.find_answer(master, question.id, given["reference"].cells)
         assert answer.source == question.solution
 
 
@@ -156,7 +157,10 @@ def test_the_blank_version_has_no_answers_and_the_reference_has_all(given, maste
 def test_answers_are_found_wherever_they_are(name, given, master):
     assert given[name].problem == "" and given[name].master == world.NAME
     for question in master.questions.values():
-        assert submissions.find_answer(question, given[name].cells).source == question.solution
+        assert (
+            submissions.find_answer(master, question.id, given[name].cells).source
+            == question.solution
+        )
 
 
 @pytest.mark.parametrize(
@@ -164,11 +168,11 @@ def test_answers_are_found_wherever_they_are(name, given, master):
     [("deleted", "90.2", "missing"), ("contradictory", "90.1", "duplicate")],
 )
 def test_what_is_not_there_once_has_a_reason(name, question, status, given, master):
-    answer = submissions.find_answer(master.questions[question], given[name].cells)
+    answer = submissions.find_answer(master, question, given[name].cells)
     assert (answer.source, answer.status) == ("", status) and answer.reason
     others = [q for q in master.questions.values() if q.id != question]
     for q in others:
-        assert submissions.find_answer(q, given[name].cells).source == q.solution
+        assert submissions.find_answer(master, q.id, given[name].cells).source == q.solution
 
 
 @pytest.mark.parametrize(
@@ -182,25 +186,26 @@ def test_what_is_no_notebook_is_said(name, problem, given):
 def test_a_stub_beside_an_answer_does_not_count(given, master):
     question = master.questions["90.1"]
     cells = [*given["reference"].cells, *given["blank"].cells]
-    assert submissions.find_answer(question, cells).source == question.solution
+    assert submissions.find_answer(master, question.id, cells).source == question.solution
 
 
-def test_links_and_large_files_are_not_read(tmp_path, master):
+def test_links_and_large_files_are_not_read(tmp_path, master, monkeypatch):
     known = {world.NAME: master}
     (tmp_path / "link.ipynb").symlink_to(tmp_path / "target")
     assert "plain" in submissions.read_submission("x", tmp_path / "link.ipynb", known).problem
-    (tmp_path / "big.ipynb").write_bytes(b" " * (submissions.SIZE + 1))
-    assert "MB" in submissions.read_submission("x", tmp_path / "big.ipynb", known).problem
+    monkeypatch.setattr(submissions, "SIZE", 1000)
+    (tmp_path / "big.ipynb").write_bytes(b" " * 1001)
+    assert "0 MB" in submissions.read_submission("x", tmp_path / "big.ipynb", known).problem
 
 
 def test_submissions_are_files_or_folders_and_names_are_made_harmless(tmp_path, master):
-    text = world.text(masters.solution_version(master))
+    text = world.text(masters.version(master, "solution"))
     for name in ("ada.ipynb", "=cmd().ipynb", "_cmd__.ipynb", f"{world.NAME}_grace.ipynb"):
         (tmp_path / name).write_text(text)
     (tmp_path / "linus").mkdir()
     (tmp_path / "linus" / "anything.ipynb").write_text(text)
     (tmp_path / "notes.txt").write_text("")
-    found = submissions.find_submissions(tmp_path, {world.NAME: master})
+    found, skipped = submissions.find_submissions(tmp_path, {world.NAME: master})
     assert sorted(one.student for one in found) == ["_cmd__", "_cmd___", "ada", "grace", "linus"]
     with pytest.raises(masters.Mistake, match="no folder"):
         submissions.find_submissions(tmp_path / "gone", {world.NAME: master})
@@ -211,10 +216,10 @@ def test_submissions_are_files_or_folders_and_names_are_made_harmless(tmp_path, 
 
 def test_a_graft_has_the_answers_the_tests_and_what_they_need(master, given):
     answers = {
-        q.id: submissions.find_answer(q, given["reference"].cells).source
+        q.id: submissions.find_answer(master, q.id, given["reference"].cells).source
         for q in master.questions.values()
     }
-    made = grafts.graft(master, answers).cells
+    made = execution.graft(master, answers).cells
     assert [c.metadata.tpt.q for c in made if "tpt" in c.metadata] == ["90.1", "90.2", "90.3"]
     cells = {cell.id: cell.source for cell in made}
     assert list(cells) == [
@@ -229,7 +234,7 @@ def test_a_graft_has_the_answers_the_tests_and_what_they_need(master, given):
 
 
 def test_no_solution_is_in_a_graft(master):
-    cells = grafts.graft(master, {"90.2": "def largest(x, k):\n    return centre(x)"}).cells
+    cells = execution.graft(master, {"90.2": "def largest(x, k):\n    return centre(x)"}).cells
     text = "".join(cell.source for cell in cells)
     for secret in ("middle", "argsort", "** 0.5", "random.default_rng(check.seed())\ncheck"):
         assert secret not in text
@@ -238,9 +243,9 @@ def test_no_solution_is_in_a_graft(master):
 
 
 def test_an_answer_brings_the_cells_that_it_needs(master):
-    ids = [c.id for c in grafts.graft(master, {"90.3": "def describe(x):\n    return x"}).cells]
+    ids = [c.id for c in execution.graft(master, {"90.3": "def describe(x):\n    return x"}).cells]
     assert ids == ["setup", "ex3", "ex3-checks"]
-    ids = [c.id for c in grafts.graft(master, {"90.3": "describe = lambda x: offset"}).cells]
+    ids = [c.id for c in execution.graft(master, {"90.3": "describe = lambda x: offset"}).cells]
     assert ids == ["setup", "offset", "ex3", "ex3-checks"]
 
 
@@ -273,7 +278,7 @@ def test_an_answer_brings_the_cells_that_it_needs(master):
     ],
 )
 def test_needed_cells_are_found_by_their_names(cells, wanted, needed):
-    assert grafts.needed(cells, wanted) == needed
+    assert code.needed(cells, wanted) == needed
 
 
 def test_visible_checks_become_reports_without_expected_values():
@@ -284,7 +289,7 @@ for k, want in [(1, 2), (3, 4)]:
     check.close(f"{k}", f(k), want + other, atol=1e-3)
 check.equal("list", f(0), expected)
 check.close(what="named", got=f(1), expected=expected)"""
-    source = grafts.as_reports(checks)
+    source = code.as_reports(checks)
     assert "secret" not in source and "expected" not in source
     assert ast.dump(ast.parse(source)) == ast.dump(
         ast.parse(
@@ -298,7 +303,7 @@ def test_only_the_given_checks_are_taken_from_an_answer(master):
     question = master.questions["90.1"]
     own = question.solution + "\nmine = centre(np.eye(2))\n"
     own += 'check.equal("mine", centre(np.ones(1)), 0)\n'  # another check, or a changed one
-    kept = grafts.without_checks(own, question.checks)
+    kept = code.without_checks(own, question.checks)
     assert (
         "mine" in kept
         and "check.equal" not in kept
@@ -306,18 +311,18 @@ def test_only_the_given_checks_are_taken_from_an_answer(master):
         and "table" not in kept
     )
     broken = "def centre(x:\n" + question.checks
-    assert grafts.without_checks(broken, question.checks) == broken
+    assert code.without_checks(broken, question.checks) == broken
 
 
 def test_metadata_of_any_kind_is_read(tmp_path, master):
-    notebook = json.loads(nbformat.writes(masters.solution_version(master)))
+    notebook = json.loads(nbformat.writes(masters.version(master, "solution")))
     for cell, q in zip(notebook["cells"], [["90.1"], {}, 3, None, "x"], strict=False):
         cell["metadata"] = {"tpt": {"q": q}}
     (tmp_path / "a.ipynb").write_text(json.dumps(notebook))
     one = submissions.read_submission("a", tmp_path / "a.ipynb", {world.NAME: master})
     assert one.problem == ""
     for question in master.questions.values():
-        assert submissions.find_answer(question, one.cells).source == question.solution
+        assert submissions.find_answer(master, question.id, one.cells).source == question.solution
 
 
 def test_a_graft_keeps_statements_cells_or_all(master):
@@ -326,7 +331,7 @@ def test_a_graft_keeps_statements_cells_or_all(master):
     wide = masters.Master(master.name, notebook, master.questions, master.hash)
     answers = {"90.1": "def centre(x):\n    return f(x, offset)"}
     sources = {
-        level: {cell.id: cell.source for cell in grafts.graft(wide, answers, level).cells}
+        level: {cell.id: cell.source for cell in execution.graft(wide, answers, level).cells}
         for level in ("statements", "cells", "all")
     }
     assert sources["statements"]["offset"] == "offset = 0.0\n@print\ndef f():\n    pass"
@@ -341,7 +346,7 @@ def test_what_a_master_writes_goes_to_the_scratch_folder(master):
     notebook.cells[2].metadata["tags"] = ["parameters"]
     given = masters.Master(master.name, notebook, master.questions, master.hash)
     for use, expected in (("offset", False), ("out_dir", True)):
-        cells = grafts.graft(given, {"90.3": f"describe = lambda x: {use}"}).cells
+        cells = execution.graft(given, {"90.3": f"describe = lambda x: {use}"}).cells
         source = next(cell.source for cell in cells if cell.id == "offset")
         assert ("abspath" in source) is expected
     names: dict = {}

@@ -10,7 +10,7 @@ import course_world as world
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
-from tpt_nb.course import grading, masters, sandbox
+from tpt_nb.course import execution, feedback, grading, masters, sandbox, values
 from tpt_nb.course.__main__ import main
 
 QUICK = ("reference", "partly", "os_exit", "patches_everything", "forges_values", "reads_the_key")
@@ -36,13 +36,13 @@ class Class:
         self.masters = masters.load_masters(world.write_master(folder / "masters"))
         master = self.masters[world.NAME]
         key = folder / "masters" / f"{world.NAME}.ipynb"
-        student, solution = masters.student_version(master), masters.solution_version(master)
+        student, solution = masters.version(master, "student"), masters.version(master, "solution")
         (folder / "key.txt").write_text("THE KEY")
         kinds = world.submissions(student, solution, key)
         self.kinds = {name: kinds[name] for name in names or kinds}
         self.folder, self.cache = folder / "in", folder / "cache"
         self.folder.mkdir()
-        self.options = grading.Options(way=hides(), **OPTIONS)
+        self.options = execution.Options(way=hides(), **OPTIONS)
         with socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
             listener.listen()
@@ -97,8 +97,8 @@ def test_the_key_and_the_network_were_out_of_reach(quick):
 
 def test_a_second_time_nothing_runs_and_a_changed_one_alone_runs(quick, monkeypatch):
     ran = []
-    execute = grading.execute
-    monkeypatch.setattr(grading, "execute", lambda *a: ran.append(1) or execute(*a))
+    run = sandbox.run
+    monkeypatch.setattr(sandbox, "run", lambda *a, **k: ran.append(1) or run(*a, **k))
     assert quick.grade()[0] == quick.rows and not ran
     text = (quick.folder / "reference.ipynb").read_text()
     try:
@@ -110,7 +110,7 @@ def test_a_second_time_nothing_runs_and_a_changed_one_alone_runs(quick, monkeypa
 
 def test_grades_and_feedback_are_written(quick, tmp_path):
     out = tmp_path / "grades.csv"
-    sums, pages = grading.write_grades(out, quick.rows, quick.handed_in, quick.masters)
+    sums, pages = feedback.write_grades(out, quick.rows, quick.handed_in, quick.masters)
     rows = list(csv.DictReader(out.open()))
     assert len(rows) == 3 * len(QUICK)
     assert list(rows[0]) == [
@@ -133,7 +133,7 @@ def test_the_seed_is_new_each_time_and_reaches_the_answers(quick, monkeypatch):
         seeds.append(seed)
         return [], "stopped"
 
-    monkeypatch.setattr(grading, "execute", execute)
+    monkeypatch.setattr(execution, "execute", execute)
     for _ in range(2):
         with pytest.raises(masters.Mistake, match="the reference solutions do not run: stopped"):
             grading.grade(quick.folder, quick.masters, quick.options, say=lambda line: None)
@@ -143,7 +143,7 @@ def test_the_seed_is_new_each_time_and_reaches_the_answers(quick, monkeypatch):
 def test_the_command_grades_a_folder(quick, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("TPT_NB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(grading, "grade_one", lambda one, master, *_: quick.of(one.student))
-    monkeypatch.setattr(grading, "run_reference", lambda *_: grading.Reference({}))
+    monkeypatch.setattr(grading, "run_reference", lambda *_: execution.Reference({}))
     notebooks = str(quick.folder.parent / "masters")
     command = ["grade", str(quick.folder), "--out", str(tmp_path / "g.csv")]
     assert main([*command, "--notebooks", notebooks]) == 0
@@ -196,20 +196,20 @@ def array(*numbers, shape=None, **more):
     ],
 )
 def test_values_are_compared_outside(got, expected, problem):
-    found = grading.differs(got, expected)
+    found = values.differs(got, expected)
     assert (problem in found) if problem else found == ""
 
 
 def test_a_reference_that_is_not_finite_is_a_mistake(quick, monkeypatch):
     master = quick.masters[world.NAME]
-    cells = [cell for q in master.questions.values() for cell in grading.test_cells(q)]
+    cells = [cell for q in master.questions.values() for cell in execution.test_cells(q)]
     runs = [
         {"cell": c, "outcome": "passed", "detail": "", "values": [array(float("inf"))]}
         for c in cells
     ]
-    monkeypatch.setattr(grading, "execute", lambda *_: (runs, ""))
+    monkeypatch.setattr(execution, "execute", lambda *_: (runs, ""))
     with pytest.raises(masters.Mistake, match="is not finite"):
-        grading.run_reference(master, 0, quick.options)
+        execution.run_reference(master, 0, quick.options)
 
 
 def test_a_report_of_any_form_is_read(quick, monkeypatch):
@@ -217,7 +217,7 @@ def test_a_report_of_any_form_is_read(quick, monkeypatch):
     lines += [b'{"cell": "a", "event": "start"}', b'{"cell": "a", "event": "end", "outcome": []}']
     outcome = sandbox.Outcome(0, "", b"\n".join(lines), "")
     monkeypatch.setattr(sandbox, "run", lambda *a, **k: outcome)
-    runs, ended = grading.execute(world.master(), 0, quick.options)
+    runs, ended = execution.execute(world.master(), 0, quick.options)
     assert ended == "" and [run["cell"] for run in runs] == ["a"]
     assert json.dumps(runs)
 
@@ -226,7 +226,7 @@ def test_a_report_of_any_form_is_read(quick, monkeypatch):
 def test_a_stub_is_blank_where_it_is_not_another_one_that_an_answer_called(tmp_path, q, status):
     (master,) = masters.load_masters(world.write_master(tmp_path)).values()
     question = master.questions["90.1"]
-    reference = grading.Reference({"ex1-test": [array(1.0)]})
+    reference = execution.Reference({"ex1-test": [array(1.0)]})
     run = {"cell": "ex1-test", "outcome": "error", "values": []}
     run["detail"] = f"NotImplementedError: exercise {q}"
     row = grading.score(question, [run], reference)
@@ -239,8 +239,8 @@ def test_the_master_s_own_cells_have_more_time_than_an_answer():
     for name in ("quick", "slow", "never"):
         source = sleep.format(0 if name == "quick" else 4)
         cells.append(new_code_cell(source, id=name, metadata={"tpt": {"q": name}}))
-    options = grading.Options(way=hides(), cell_seconds=2)
-    runs, ended = grading.execute(new_notebook(cells=cells), 0, options)
+    options = execution.Options(way=hides(), cell_seconds=2)
+    runs, ended = execution.execute(new_notebook(cells=cells), 0, options)
     assert ended == ""
     found = [(run["cell"], run["outcome"]) for run in runs]
     assert found == [("setup", "passed"), ("quick", "passed"), ("slow", "time-out")]

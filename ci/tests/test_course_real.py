@@ -6,7 +6,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from tpt_nb.course import grading, grafts, masters, sandbox
+from tpt_nb.course import execution, feedback, grading, masters, sandbox, values
 from tpt_nb.lessons import check
 
 REPO = Path(__file__).resolve().parents[2]
@@ -100,20 +100,20 @@ def test_hidden_tests_tell_mistakes_from_answers(number, tmp_path, monkeypatch):
     monkeypatch.setenv(check.SEED, str(secrets.randbelow(2**31)))  # another one for each grading
     master = master_of(number)
     right = {q: question.solution for q, question in master.questions.items()}
-    reference, again = (values_of(grafts.graft(master, right), monkeypatch) for _ in range(2))
+    reference, again = (values_of(execution.graft(master, right), monkeypatch) for _ in range(2))
     for q, question in master.questions.items():
         assert question.tests, q
         old, new = MISTAKES[q]
         assert old in question.solution, q
         wrong = values_of(
-            grafts.graft(master, right | {q: question.solution.replace(old, new)}), monkeypatch
+            execution.graft(master, right | {q: question.solution.replace(old, new)}), monkeypatch
         )
         problems = []
-        for cell in grafts.test_cells(question):
+        for cell in execution.test_cells(question):
             assert len(reference[cell]) == len(wrong[cell]) > 0
             for value, same, other in zip(reference[cell], again[cell], wrong[cell], strict=True):
-                assert grading.differs(same, value) == "", q
-                problems.append(grading.differs(other, value))
+                assert values.differs(same, value) == "", q
+                problems.append(values.differs(other, value))
         assert any(problems), f"{q}: the hidden tests do not notice {new!r} for {old!r}"
 
 
@@ -121,8 +121,8 @@ def test_hidden_tests_tell_mistakes_from_answers(number, tmp_path, monkeypatch):
 @pytest.mark.parametrize("number", ["01", "02", "10"])  # those that need the model
 def test_the_reference_passes_and_mistakes_do_not(number, tmp_path):
     master = master_of(number)
-    right = masters.solution_version(master)
-    wrong = masters.solution_version(master)
+    right = masters.version(master, "solution")
+    wrong = masters.version(master, "solution")
     for cell in wrong.cells:
         q = cell.metadata.get("tpt", {}).get("q")
         if q:
@@ -132,15 +132,17 @@ def test_the_reference_passes_and_mistakes_do_not(number, tmp_path):
     for name, notebook in (
         ("right", right),
         ("wrong", wrong),
-        ("blank", masters.student_version(master)),
+        ("blank", masters.version(master, "student")),
     ):
         nbformat.write(notebook, tmp_path / f"{name}.ipynb")
-    options = grading.Options(sandbox.choose(), cell_seconds=120, limits=sandbox.Limits(600))
+    options = execution.Options(sandbox.choose(), cell_seconds=120, limits=sandbox.Limits(600))
     rows, _ = grading.grade(tmp_path, {master.name: master}, options, jobs=2)
     status = {(row.student, row.question): row.status for row in rows}
     for q in master.questions:
         assert status["right", q] == "passed"
         assert status["blank", q] == "blank"
         assert status["wrong", q] in ("failed", "partial"), (q, status["wrong", q])
-    points = {total["student"]: total["percent"] for total in grading.totals(rows)}
+    points = {
+        total["student"]: total["percent"] for total in feedback.totals(rows).to_dict("records")
+    }
     assert points["right"] == 100 and points["blank"] == 0

@@ -7,7 +7,9 @@ from pathlib import Path
 
 from tpt_nb.core.paths import REPO, cache_dir
 from tpt_nb.course import sandbox
-from tpt_nb.course.grading import Options, exposed, grade, totals, write_grades
+from tpt_nb.course.execution import Options
+from tpt_nb.course.feedback import totals, write_grades
+from tpt_nb.course.grading import exposed, grade
 from tpt_nb.course.masters import Master, Mistake, load_masters, release
 
 
@@ -65,7 +67,7 @@ def _grade(args: argparse.Namespace, masters: dict[str, Master]) -> int:
         args.submissions, masters, options, args.jobs, None if args.again else cache
     )
     sums, pages = write_grades(args.out, rows, handed_in, masters)
-    for total in totals(rows):
+    for total in totals(rows).to_dict("records"):
         print("{student:24} {points:7g} of {max:g}  {percent:5.1f} %".format(**total))
     print(f"{args.out}, {sums}, {pages}/")
     return 0

@@ -1,6 +1,5 @@
 """Masters: notebooks with solutions, and the versions of them that are given out."""
 
-import ast
 import functools
 import hashlib
 import json
@@ -10,6 +9,8 @@ from pathlib import Path
 
 import nbformat
 from nbformat import NotebookNode
+
+from tpt_nb.course.cells import defined, names_of
 
 BEGIN = re.compile(r"^(\s*)# BEGIN SOLUTION\s*$")
 END = re.compile(r"^\s*# END SOLUTION\s*$")
@@ -52,7 +53,7 @@ class Question:
     @functools.cached_property
     def names(self) -> set[str]:
         """The functions that the answer defines."""
-        return defined_functions(self.source)
+        return defined(self.source)
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,13 @@ class Master:
     notebook: NotebookNode = field(repr=False)
     questions: dict[str, Question] = field(repr=False)
     hash: str
+
+    @functools.cached_property
+    def names(self) -> set[str]:
+        """What its cells bind: functions that are asked for, and all of the other cells."""
+        code = [c for c in self.notebook.cells if c.cell_type == "code"]
+        others = [names_of(c.source).may_bind for c in code if "tpt" not in c.metadata]
+        return set().union(*others, *(q.names for q in self.questions.values()))
 
 
 def replace_solution(source: str, question: str) -> str:
@@ -130,17 +138,13 @@ def load_masters(folder: Path) -> dict[str, Master]:
     return masters
 
 
-def student_version(master: Master) -> NotebookNode:
-    """Stubs in place of solutions, no hidden tests, and no outputs of exercises."""
-    return _version(master, "student")
+def version(master: Master, kind: str) -> NotebookNode:
+    """What is given out; hidden tests are in none.
 
-
-def solution_version(master: Master) -> NotebookNode:
-    """Solutions with their outputs, no markers and no hidden tests."""
-    return _version(master, "solution")
-
-
-def _version(master: Master, kind: str) -> NotebookNode:
+    Args:
+        kind: ``student`` (stubs in place of solutions, no outputs of exercises) or ``solution``
+            (solutions with their outputs, no markers).
+    """
     notebook = nbformat.from_dict(json.loads(json.dumps(master.notebook)))
     notebook.metadata["tpt"] = {"notebook": master.name, "version": master.hash, "copy": kind}
     cells = []
@@ -173,7 +177,7 @@ def release(masters: dict[str, Master], out: Path, compare: bool = False) -> lis
         The files, or with ``compare`` those that differ or should not be there.
     """
     wanted = {
-        f"{kind}/{name}.ipynb": nbformat.writes(_version(master, kind)) + "\n"
+        f"{kind}/{name}.ipynb": nbformat.writes(version(master, kind)) + "\n"
         for kind in ("student", "solution")
         for name, master in masters.items()
     }
@@ -189,22 +193,3 @@ def release(masters: dict[str, Master], out: Path, compare: bool = False) -> lis
         if name not in there or (out / name).read_text(encoding="utf-8") != text
     ]
     return changed + sorted(there - wanted.keys())
-
-
-# --- code -----
-
-
-def defined_functions(source: str) -> set[str]:
-    """Names of the functions and classes that a cell defines; none if it cannot be parsed."""
-    tree = parse(source)
-    kinds = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
-    return {node.name for node in tree.body if isinstance(node, kinds)} if tree else set()
-
-
-def parse(source: str) -> ast.Module | None:
-    """The syntax tree of a cell without its magics; None if it has none."""
-    lines = [re.sub(r"^\s*[%!].*", "", line) for line in source.split("\n")]
-    try:
-        return ast.parse("\n".join(lines))
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return None

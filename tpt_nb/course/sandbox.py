@@ -10,17 +10,14 @@ Three ways, the first that works here is taken (``choose``):
                 THAT THE USER MAY READ STAY OPEN. Where the caller is root, it runs as a user of
                 its own that has nothing.
 
-All three bound time, memory, processes, the size of files and of what comes back. This file is also
-the script that runs on the other side, hence it imports the standard library alone.
+All three bound time, memory, processes, the size of files and of what comes back. What happens on
+the other side is in ``course.inside``.
 """
 
-import ctypes
-import errno
 import functools
 import json
 import os
 import random
-import resource
 import shutil
 import signal
 import site
@@ -34,13 +31,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from tpt_nb.course import inside
+from tpt_nb.course.inside import REPORT, SCRATCH
+
 WAYS = ("namespaces", "bubblewrap", "rlimits")
 HOME = "/tmp/home"
-SCRATCH = "/tmp/scratch"  # where the files are and the command runs; elsewhere for rlimits
-REPORT = "TPT_NB_REPORT_FD"  # the file descriptor that what is reported goes to
+SCRIPT = os.path.abspath(inside.__file__)
 SYSTEM = ("/bin", "/sbin", "/lib", "/lib32", "/lib64", "/usr")
 SYSTEM += tuple(f"/etc/{name}" for name in ("alternatives", "fonts", "ld.so.cache", "localtime"))
-DEVICES = ("null", "zero", "full", "random", "urandom")
 
 
 @dataclass(frozen=True)
@@ -64,9 +62,6 @@ class Outcome:
     report: bytes  # what was written to the descriptor $TPT_NB_REPORT_FD
     log: str  # the end of stdout and stderr
     seconds: float = field(default=0.0)
-
-
-# --- outside -------------------------------------------------------------------------------------
 
 
 def python_paths() -> list[str]:
@@ -168,7 +163,7 @@ def run(
                 **(env or {}),
             },
         }
-        argv = [sys.executable, "-I", os.path.abspath(__file__)]
+        argv = [sys.executable, "-I", SCRIPT]
         if way == "bubblewrap":
             config["input"] = "/tmp/input"
             argv = _bubblewrap(config, place) + argv
@@ -268,224 +263,4 @@ def _bubblewrap(config: dict, place: Path) -> list[str]:
         else:
             argv += ["--ro-bind", path, path]
     argv += ["--ro-bind", str(place / "input"), "/tmp/input"]
-    here = os.path.abspath(__file__)
-    return [*argv, "--ro-bind", here, here, "--remount-ro", "/", "--"]
-
-
-# --- inside --------------------------------------------------------------------------------------
-
-MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT, MS_BIND = 1, 2, 4, 8, 32, 4096
-MS_REC, MS_PRIVATE, MNT_DETACH = 1 << 14, 1 << 18, 2
-KEPT_FLAGS = {2: 2, 4: 4, 8: 8, 1024: 1024, 2048: 2048, 4096: 1 << 21}  # of statvfs -> of mount
-NEWNS, NEWUTS, NEWIPC, NEWUSER = 0x20000, 0x4000000, 0x8000000, 0x10000000
-NEWPID, NEWNET = 0x20000000, 0x40000000
-PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 4, 36, 38
-PIVOT_ROOT = {"x86_64": 155, "aarch64": 41, "riscv64": 41, "ppc64le": 203, "s390x": 217}
-
-
-def _call(name: str, *args) -> None:
-    """A function of the C library; ``OSError`` if it fails."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    given = [os.fsencode(arg) if isinstance(arg, str) else arg for arg in args]
-    if getattr(libc, name)(*given) < 0:
-        number = ctypes.get_errno()
-        raise OSError(number, f"{name}: {os.strerror(number)}")
-
-
-def prctl(option: int, value: int) -> None:
-    """Set an attribute of this process."""
-    _call("prctl", option, ctypes.c_ulong(value), 0, 0, 0)
-
-
-def _enter(config: dict) -> int:
-    """In new namespaces: their first process builds the root, starts the command and reaps."""
-    prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    is_root = os.geteuid() == 0
-    _unshare(is_root, config)
-    first = os.fork()
-    if first:
-        signal.signal(signal.SIGTERM, lambda *_: os.kill(first, signal.SIGKILL))
-        return _wait(first)
-    prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # and with the first process all others end
-    prctl(PR_SET_DUMPABLE, 0)
-    _loopback()
-    _build_root(config)
-    worker = os.fork()
-    if worker == 0:
-        _inside(config)
-    os.close(config["report"])
-    while True:
-        pid, status = os.wait()
-        if pid == worker:
-            return os.waitstatus_to_exitcode(status)
-
-
-def _unshare(is_root: bool, config: dict) -> None:
-    flags = NEWNS | NEWPID | NEWNET | NEWIPC | NEWUTS
-    if is_root:
-        try:
-            return _call("unshare", flags)
-        except OSError as error:  # root of a container, say
-            if error.errno != errno.EPERM:
-                raise
-    outer_uid, outer_gid = os.geteuid(), os.getegid()
-    _call("unshare", flags | NEWUSER)
-    Path("/proc/self/setgroups").write_text("deny")
-    uid = config["uid"] = outer_uid or 65534  # not 0, so that exec drops all capabilities
-    Path("/proc/self/uid_map").write_text(f"{uid} {outer_uid} 1")
-    Path("/proc/self/gid_map").write_text(f"{uid} {outer_gid} 1")
-
-
-def _loopback() -> None:
-    """Bring up the loopback device, through which the kernel of a notebook is talked to."""
-    import fcntl
-    import socket
-    import struct
-
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
-        fcntl.ioctl(s, 0x8914, struct.pack("16sH14s", b"lo", 0x1 | 0x40, b""))  # SIOCSIFFLAGS
-
-
-def _build_root(config: dict) -> None:
-    """A root file system in memory with what may be read; the old one is gone afterwards."""
-    root, uid = config["root"], config["uid"]
-    _call("mount", None, "/", None, MS_REC | MS_PRIVATE, None)
-    _call("mount", "tmpfs", root, "tmpfs", MS_NOSUID | MS_NODEV, "size=16m,mode=755")
-    os.mkdir(root + "/tmp")
-    size = f"size={config['limits']['scratch']},mode=1777"
-    _call("mount", "tmpfs", root + "/tmp", "tmpfs", MS_NOSUID | MS_NODEV, size)
-    for path in config["readable"]:
-        _bind(path, root + path)
-    os.makedirs(root + "/dev", exist_ok=True)
-    for name in DEVICES:
-        _bind(f"/dev/{name}", f"{root}/dev/{name}", MS_NOSUID | MS_NOEXEC)
-    for name, target in (("fd", "/proc/self/fd"), ("shm", "/tmp")):
-        os.symlink(target, f"{root}/dev/{name}")
-    os.makedirs(root + "/proc")
-    _call("mount", "proc", root + "/proc", "proc", MS_NOSUID | MS_NODEV | MS_NOEXEC, None)
-    shutil.copytree(config["input"], root + SCRATCH)
-    for folder, _, names in os.walk(root + SCRATCH):
-        for path in [folder, *(os.path.join(folder, name) for name in names)]:
-            os.chown(path, uid, uid)
-    config["input"] = None
-    os.chdir(root)
-    machine = os.uname().machine
-    if machine not in PIVOT_ROOT:
-        raise OSError(errno.ENOSYS, f"pivot_root is not known for {machine}")
-    _call("syscall", PIVOT_ROOT[machine], ".", ".")
-    _call("umount2", ".", MNT_DETACH)
-    os.chdir("/")
-    flags = MS_REMOUNT | MS_BIND | MS_RDONLY | MS_NOSUID | MS_NODEV
-    _call("mount", None, "/", None, flags, None)
-
-
-def _bind(source: str, target: str, flags: int = MS_RDONLY | MS_NOSUID | MS_NODEV) -> None:
-    """Show a file or a folder at another place; links to places that are shown stay links."""
-    os.makedirs(os.path.dirname(target), exist_ok=True)
-    if os.path.islink(source):
-        os.symlink(os.readlink(source), target)
-        return
-    if os.path.isdir(source):
-        os.makedirs(target, exist_ok=True)
-    else:
-        open(target, "ab").close()
-    _call("mount", source, target, None, MS_BIND | MS_REC, None)
-    is_set = os.statvfs(source).f_flag  # flags that were set may not be taken away again
-    flags |= sum(new for old, new in KEPT_FLAGS.items() if is_set & old)
-    _call("mount", None, target, None, MS_REMOUNT | MS_BIND | flags, None)
-
-
-def _supervise(config: dict) -> int:
-    """Without namespaces: start the command and, when it is done, end what it left behind."""
-    prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    prctl(PR_SET_SUBREAPER, 1)  # orphans become children of this process
-    worker = os.fork()
-    if worker == 0:
-        if os.geteuid() == 0:
-            os.chown(config["scratch"], config["uid"], config["uid"])
-        _inside(config)
-    os.close(config["report"])
-    signal.signal(signal.SIGTERM, lambda *_: os.kill(worker, signal.SIGKILL))
-    code = _wait(worker)
-    while True:  # until none is left
-        for pid in _children():
-            os.kill(pid, signal.SIGKILL)
-        try:
-            os.waitpid(-1, 0)
-        except ChildProcessError:
-            return code
-
-
-def _children() -> list[int]:
-    """The processes whose parent this one is."""
-    found = []
-    for name in os.listdir("/proc"):
-        try:
-            if name.isdigit():
-                stat = Path("/proc", name, "stat").read_text()
-                if int(stat.rpartition(")")[2].split()[1]) == os.getpid():
-                    found.append(int(name))
-        except OSError:
-            continue
-    return found
-
-
-def _wait(pid: int) -> int:
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-
-
-def _inside(config: dict) -> None:
-    """Take the files along, give up all rights, set the limits, and become the command."""
-    try:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        if config["input"]:
-            shutil.copytree(config["input"], config["scratch"], dirs_exist_ok=True)
-        if os.geteuid() == 0:
-            os.setgroups([])
-            os.setgid(config["uid"])
-            os.setuid(config["uid"])
-        prctl(PR_SET_NO_NEW_PRIVS, 1)
-        os.makedirs(config["env"]["HOME"], exist_ok=True)
-        os.chdir(config["scratch"])
-        limits = Limits(**config["limits"])
-        seconds = int(limits.seconds) + 5
-        for kind, value in (
-            (resource.RLIMIT_CPU, seconds),
-            (resource.RLIMIT_DATA, limits.memory),
-            (resource.RLIMIT_AS, limits.memory + (24 << 30)),  # libraries of GPUs map a lot
-            (resource.RLIMIT_FSIZE, limits.file_size),
-            (resource.RLIMIT_NPROC, _threads_of_user() + limits.processes),
-            (resource.RLIMIT_NOFILE, 1024),
-            (resource.RLIMIT_CORE, 0),
-        ):
-            hard = resource.getrlimit(kind)[1]
-            value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-            resource.setrlimit(kind, (value, value))
-        os.set_inheritable(config["report"], True)
-        os.execvpe(config["command"][0], config["command"], config["env"])
-    except BaseException as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
-        os._exit(126)
-
-
-def _threads_of_user() -> int:
-    """The processes and threads that count already: RLIMIT_NPROC is one of the user."""
-    total = 0
-    for name in os.listdir("/proc"):
-        try:
-            if name.isdigit() and os.stat(f"/proc/{name}").st_uid == os.getuid():
-                total += len(os.listdir(f"/proc/{name}/task"))
-        except OSError:
-            continue
-    return total
-
-
-if __name__ == "__main__":
-    given = json.loads(sys.argv[2])
-    try:
-        result = {"enter": _enter, "inside": _supervise}[sys.argv[1]](given)
-    except OSError as problem:
-        print(f"{type(problem).__name__}: {problem}", file=sys.stderr, flush=True)
-        result = 126
-    sys.stderr.flush()
-    os._exit(result if result >= 0 else 128 - result)
+    return [*argv, "--ro-bind", SCRIPT, SCRIPT, "--remount-ro", "/", "--"]

@@ -1,23 +1,29 @@
 """Submissions, read as data, and the answers in them."""
 
 import ast
+import builtins
 import json
+import os
 import re
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import nbformat
 
-from tpt_nb.course.grafts import without_checks
-from tpt_nb.course.masters import Master, Mistake, Question, defined_functions, parse
+from tpt_nb.course.cells import names_of, needed, own_statements, parse, pieces
+from tpt_nb.course.masters import Master, Mistake, Question
 
-SIZE = 20_000_000  # bytes of a submission
+SIZE = 200_000_000  # bytes of a submission; nearly all are outputs, which are not needed
+VALUES = 10_000_000  # commas in it: so many small values would fill the memory
+SYSTEM = {"__MACOSX", "$RECYCLE.BIN", "System Volume Information", "lost+found", "@eaDir"}
+SYSTEM |= {"Thumbs.db", "desktop.ini", "__pycache__"}
 
 
 @dataclass(frozen=True)
 class Submission:
-    """A file that a student handed in."""
+    """A file that a student handed in, or a folder without one."""
 
     student: str
     path: Path
@@ -38,7 +44,10 @@ def read_submission(student: str, path: Path, masters: dict[str, Master]) -> Sub
             return unreadable("not a plain file")
         if path.stat().st_size > SIZE:
             return unreadable(f"the file has more than {SIZE // 1_000_000} MB")
-        notebook = json.loads(path.read_bytes())
+        content = path.read_bytes()
+        if content.count(b",") > VALUES:
+            return unreadable(f"the file has more than {VALUES // 1_000_000} million values")
+        notebook = json.loads(content, object_hook=lambda d: d | {"outputs": []})
         if notebook.get("nbformat") != 4:
             notebook = nbformat.convert(nbformat.from_dict(notebook), 4)
         cells = []
@@ -52,6 +61,8 @@ def read_submission(student: str, path: Path, masters: dict[str, Master]) -> Sub
         meta = notebook.get("metadata", {}).get("tpt", {}).get("notebook")
     except (ValueError, RecursionError):
         return unreadable("not a notebook: it is not JSON")
+    except OSError as error:
+        return unreadable(f"cannot be read: {error.strerror}")
     except Exception as error:  # whatever else a file can be
         return unreadable(f"not a notebook ({type(error).__name__})")
     name = meta if isinstance(meta, str) and meta in masters else _by_cells(cells, masters) or guess
@@ -61,10 +72,8 @@ def read_submission(student: str, path: Path, masters: dict[str, Master]) -> Sub
 
 
 def _by_file_name(path: Path, masters: dict[str, Master]) -> str:
-    found = [name for name in masters if name in path.stem] or (
-        list(masters) if len(masters) == 1 else []
-    )
-    return found[0] if found else ""
+    found = [name for name in masters if name in path.stem]
+    return next(iter(found or (list(masters) if len(masters) == 1 else [])), "")
 
 
 def _by_cells(cells: list[dict], masters: dict[str, Master]) -> str:
@@ -78,35 +87,129 @@ def _by_cells(cells: list[dict], masters: dict[str, Master]) -> str:
     return best.name if shared(best) else ""
 
 
-def find_submissions(folder: Path, masters: dict[str, Master]) -> list[Submission]:
-    """``FOLDER/STUDENT.ipynb``, ``FOLDER/STUDENT/*.ipynb``; of two for one notebook the later."""
+# --- a folder of them ----------------------------------------------------------------------------
+
+
+def find_submissions(
+    folder: Path, masters: dict[str, Master]
+) -> tuple[list[Submission], list[str]]:
+    """``FOLDER/STUDENT.ipynb`` and ``FOLDER/STUDENT/**/*.ipynb``, and a line for what was skipped.
+
+    Of two for one notebook the later counts, and one that can be read before one that cannot.
+
+    Raises:
+        Mistake: there is no such folder, or nothing in it that could be a submission.
+    """
     if not folder.is_dir():
         raise Mistake(f"there is no folder {folder}")
+    labels: dict[str, str] = {}  # name -> name without anything odd
     found: dict[tuple[str, str], Submission] = {}
-    names: set[str] = set()
-    for entry in sorted(folder.iterdir()):
-        if entry.name.startswith("."):
-            continue
-        if entry.is_dir() and not entry.is_symlink():
-            student, paths = entry.name, sorted(entry.glob("*.ipynb"))
-        elif entry.suffix == ".ipynb":
-            student, paths = entry.stem, [entry]
-            for name in masters:
-                if name in student:
-                    student = student.replace(name, "").strip("_- ") or entry.stem
-        else:
-            continue
-        # what spreadsheets would take for a formula, or a page for markup
-        student = re.sub(r"[^\w.@ +-]|^[=+@-]", "_", student)
-        while student in names:
-            student += "_"
-        names.add(student)
-        for path in sorted(paths, key=lambda p: p.lstat().st_mtime):
-            one = read_submission(student, path, masters)
-            found[student, one.master] = one
+    skipped, empty = [], {}
+    for name, place, paths in _students(folder, masters, skipped):
+        student = labels.setdefault(name, _label(name, {*labels.values()}))
+        read = [read_submission(student, path, masters) for path in paths]
+        read.sort(key=lambda one: (not one.problem, one.path.lstat().st_mtime, str(one.path)))
+        for one in read:
+            found[student, one.master] = _better(found.get((student, one.master)), one, skipped)
+        if not read:
+            empty[student] = place
+    for student, place in empty.items():
+        if student not in {known for known, _ in found}:
+            problem = "no notebook was handed in"
+            found[student, ""] = Submission(student, place, problem=problem)
     if not found:
         raise Mistake(f"{folder} has no notebooks: STUDENT.ipynb or STUDENT/NAME.ipynb")
-    return list(found.values())
+    return list(found.values()), [harmless(line) for line in skipped]
+
+
+def _better(old: Submission | None, new: Submission, skipped: list[str]) -> Submission:
+    """The one of two that counts; the other is skipped."""
+    if old is None:
+        return new
+    rank = [(not one.problem, one.path.lstat().st_mtime) for one in (old, new)]
+    best, other = (old, new) if rank[0] > rank[1] else (new, old)
+    what = other.problem or f"an earlier file for {other.master}"
+    skipped.append(f"{other.path}: {what}; {best.path.name} counts")
+    return best
+
+
+def _students(
+    folder: Path, masters: dict[str, Master], skipped: list[str]
+) -> Iterator[tuple[str, Path, list[Path]]]:
+    """Name of a student, its file or folder, and what may be notebooks."""
+    for entry in sorted(folder.iterdir()):
+        name = unicodedata.normalize("NFC", entry.name)
+        if _is_system(name):
+            skipped.append(f"{entry}: {_kind(entry)}")
+        elif entry.is_dir() and not entry.is_symlink():
+            yield name, entry, list(_notebooks(entry, skipped))
+        elif entry.suffix.lower() == ".ipynb":
+            yield _without_notebook(Path(name).stem, masters), entry, [entry]
+        elif entry.suffix.lower() == ".zip":
+            skipped.append(f"{entry}: {_kind(entry)}")
+            yield _without_notebook(Path(name).stem, masters), entry, []
+        else:
+            skipped.append(f"{entry}: {_kind(entry)}")
+
+
+def _notebooks(folder: Path, skipped: list[str]) -> Iterator[Path]:
+    """What may be notebooks in a student's folder, at any depth."""
+
+    def closed(error: OSError) -> None:
+        skipped.append(f"{error.filename}: {error.strerror}")
+
+    for place, folders, files in os.walk(folder, onerror=closed):
+        for name in [name for name in folders if _is_system(name)]:
+            folders.remove(name)
+        for name in sorted(files):
+            path = Path(place, name)
+            if path.suffix.lower() == ".ipynb" and not _is_system(name):
+                yield path
+            else:
+                is_archive = path.suffix.lower() == ".zip"
+                skipped.append(
+                    f"{path}: {'an archive; unpack it' if is_archive else 'no notebook'}"
+                )
+
+
+def _is_system(name: str) -> bool:
+    return name.startswith(".") or name in SYSTEM
+
+
+def _kind(path: Path) -> str:
+    """Why something is no submission."""
+    if _is_system(path.name):
+        return "a hidden or system file"
+    return "an archive; unpack it" if path.suffix.lower() == ".zip" else "not a notebook"
+
+
+def _without_notebook(stem: str, masters: dict[str, Master]) -> str:
+    """``grace_02_baseline`` and ``grace_03_patches`` are files of grace."""
+    for name in masters:
+        if name in stem:
+            return stem.replace(name, "").strip("_- ") or stem
+    return stem
+
+
+def _label(name: str, taken: set[str]) -> str:
+    """A name without what spreadsheets would take for a formula, or a page for markup."""
+
+    def fine(c: str) -> bool:
+        return c.isalnum() or c in "_.@ +-" or unicodedata.category(c).startswith("M")
+
+    label = re.sub(r"^[=+@-]", "_", "".join(c if fine(c) else "_" for c in name))
+    label = label.encode()[:200].decode(errors="ignore")  # it becomes the name of a file
+    while label in taken:
+        label += "_"
+    return label
+
+
+def harmless(text: str) -> str:
+    """Text that can be printed: names of files may be anything but UTF-8."""
+    return text.encode(errors="backslashreplace").decode()
+
+
+# --- answers -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -118,30 +221,54 @@ class Answer:
     reason: str = ""
 
 
-def find_answer(question: Question, cells: Sequence[dict]) -> Answer:
-    """Find the answer by question or cell id, else by the name of the function."""
-    given = [
-        c
-        for c in cells
-        if c["q"] == question.id or (c["id"] == question.cell and c["q"] in (None, question.id))
-    ]
-    if not given and question.names:
-        given = [c for c in cells if question.names <= defined_functions(c["source"])]
-    if not given:
+def find_answer(master: Master, q: str, cells: Sequence[dict]) -> Answer:
+    """Find the answer by question or cell id, else by the name of the function.
+
+    Cells that define what is asked for count: a scratch pad beside them does not.
+    """
+    question = master.questions[q]
+    marked = [c for c in cells if c["q"] == q or (c["id"] == question.cell and c["q"] is None)]
+    defining = [c for c in cells if question.names <= names_of(c["source"]).may_bind]
+    groups = [[c for c in defining if c in marked], defining if question.names else [], marked]
+    if not any(groups):
         return Answer(status="missing", reason="the cell is not there")
-    blank = _normal(question.stub, question.checks)
-    sources = {_normal(c["source"], question.checks): c["source"] for c in given}
-    sources.pop("", None)
-    answers = {key: source for key, source in sources.items() if key != blank}
-    if len(answers) > 1:
-        reason = f"{len(answers)} different cells answer this question"
-        return Answer(status="duplicate", reason=reason)
-    if not answers:
-        return Answer(status="blank", reason="not answered")
-    return Answer(source=next(iter(answers.values())))
+    blank = _definitions(question.stub, question)
+    for group in groups:
+        answers: dict[str, dict] = {}
+        for cell in group:
+            answers.setdefault(_definitions(cell["source"], question), cell)
+        finished = {key: c for key, c in answers.items() if key not in ("", blank)}
+        answers = {key: c for key, c in finished.items() if not _is_open(key, q)} or finished
+        if len(answers) > 1:
+            reason = f"{len(answers)} different cells answer this question"
+            return Answer(status="duplicate", reason=reason)
+        for cell in answers.values():
+            return Answer(source="\n".join([*_helpers(master, cell, cells), cell["source"]]))
+    return Answer(status="blank", reason="not answered")
 
 
-def _normal(source: str, checks: str) -> str:
-    """Code without comments, layout and the visible checks; the text itself if it has no tree."""
-    tree = parse(without_checks(source, checks))
-    return ast.unparse(tree) if tree else source.strip()
+def _is_open(code: str, q: str) -> bool:
+    """Does it still hold the stub's exception?"""
+    return f"raise NotImplementedError('exercise {q}')" in code
+
+
+def _definitions(source: str, question: Question) -> str:
+    """Code without comments, layout, visible checks and tries; the text if it has no tree."""
+    if parse(source) is None:
+        return source.strip()
+    own = [node for node, _, is_own in own_statements(source, question.checks) if is_own]
+    return "\n".join(ast.unparse(node) for node in own if not isinstance(node, ast.Expr))
+
+
+def _helpers(master: Master, answer: dict, cells: Sequence[dict]) -> list[str]:
+    """Statements of other cells that the answer needs and that the master does not have."""
+    known = {*master.names, *dir(builtins)}
+    if names_of(answer["source"]).needs <= known:
+        return []
+    others = []
+    for piece in (piece for c in cells if c is not answer for piece in pieces(c["source"])):
+        bound = names_of(piece).may_bind
+        if bound and not bound & known:
+            others.append(piece)
+    chosen = needed([*others, answer["source"]], {len(others)})[:-1]
+    return [others[i] for i in chosen]
