@@ -26,7 +26,8 @@ def imagenet_classes(variant: str = "") -> dict[str, str]:
         return {row["synset"]: row["name"] for row in rows if variant in row["variants"]}
 
 
-def _has_class_folders(place: Path) -> bool:
+def has_class_folders(place: Path) -> bool:
+    """Are there folders named by synset, or by number as in V2?"""
     return any(
         SYNSET.fullmatch(p.name) or (p.name.isdecimal() and len(p.name) < 4)
         for p in place.iterdir()
@@ -34,7 +35,8 @@ def _has_class_folders(place: Path) -> bool:
     )
 
 
-def _check_synsets(name: str, place: Path, folders: list[str], names: Mapping[str, str]) -> None:
+def check_synsets(name: str, place: Path, folders: list[str], names: Mapping[str, str]) -> None:
+    """Raise ``ValueError`` if class folders are not of this set, with whose they are."""
     bad = [folder for folder in folders if folder not in names]
     if not bad:
         return

@@ -1,36 +1,50 @@
-"""Official test splits of the field's sets."""
+"""CoOp's split files (``split_zhou_*.json``): labels and names that must agree with themselves."""
 
-import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from tpt_nb.core.files import read_text
-from tpt_nb.datasets.folder import class_folders, spelling
+from tpt_nb.datasets.folder import spelling
+from tpt_nb.datasets.official import Items, number_off
 
-Items = list[tuple[str, int, Path]]  # (id, label, path)
+Entry = tuple[str, int, str]  # path, label, class name
 
 
-@dataclass(frozen=True)
-class Benchmark:
-    """What is known of a data set before it is read.
+def from_split(path: Path, classes: int, folders: Sequence[Path]) -> tuple[list[str], Items]:
+    """Names and test images of a split file: lists of [path, label, class name].
 
-    ``places`` are the folders where it may lie within a root; ``split`` is CoOp's split file,
-    ``images`` the folders that its paths may be relative to; ``read`` reads a place without it.
-    ``template`` is the sentence that CoOp (for the last three: RA-TTA) uses for it.
+    Args:
+        classes: how many there must be.
+        folders: where the images may be.
+    Raises ``ValueError`` if this is no split file, contradicts itself or has no images here.
     """
+    try:
+        split = json.loads(read_text(path))
+        entries = {part: [(str(p), int(y), str(c)) for p, y, c in split[part]] for part in split}
+        test = entries["test"]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is no split file ({type(error).__name__}: {error}); expected JSON with a list "
+            '"test" of [path, label, class name]'
+        ) from error
+    everything = [entry for part in entries.values() for entry in part]
+    if path.name == "split_Caltech256.json":
+        test, everything = _caltech256(test, everything)
+    names = _consistent(path, everything, classes)
+    if not test:
+        raise ValueError(f"{path} has no test images")
+    # a few, since a single one may be missing
+    inner = next((f for f in folders if any((f / p).exists() for p, _, _ in test[:20])), None)
+    if inner is None:
+        raise ValueError(
+            f"{path} names the image {test[0][0]!r}, which is in none of "
+            f"{', '.join(map(str, dict.fromkeys(folders)))}"
+        )
+    return names, [(p, label, inner / p) for p, label, _ in test]
 
-    title: str
-    classes: int
-    size: int
-    places: tuple[str, ...]
-    template: str = "a photo of a {}."
-    split: str = ""
-    images: tuple[str, ...] = ("",)
-    read: "Callable[[Path, Benchmark], tuple[list[str], Items]] | None" = None
 
-
-def _consistent(path: Path, entries: list[tuple[str, int, str]], classes: int) -> list[str]:
+def _consistent(path: Path, entries: list[Entry], classes: int) -> list[str]:
     """Names in label order; ``ValueError`` if a label, a name and a folder do not fit together."""
     names: dict[int, str] = {}
     labels: dict[str, set[int]] = {}  # two classes may have one name
@@ -59,115 +73,11 @@ def _consistent(path: Path, entries: list[tuple[str, int, str]], classes: int) -
     return [names[label] for label in range(classes)]
 
 
-def _caltech256(*parts):
+def _caltech256(*parts: list[Entry]) -> tuple[list[Entry], ...]:
     """Without faces-easy, labels closed up, names without number and "-101"."""
     labels = sorted({y for _, y, name in parts[-1] if "faces-easy" not in name})
     rank = {label: i for i, label in enumerate(labels)}
     return tuple(
-        [(p, rank[y], _number_off(name)) for p, y, name in part if "faces-easy" not in name]
+        [(p, rank[y], number_off(name)) for p, y, name in part if "faces-easy" not in name]
         for part in parts
     )
-
-
-def _number_off(name: str) -> str:
-    """ "012.binoculars" and "251.airplanes-101" as words."""
-    return re.sub(r"^\d+\.|-101$", "", name)
-
-
-def _torchvision(kind: str, files: str, labels: str) -> Callable:
-    """Through torchvision's class; its tree has its own folder name, which ``places`` lists."""
-
-    def read(place: Path, benchmark: Benchmark) -> tuple[list[str], Items]:
-        from torchvision import datasets as tv
-
-        root = place.parent
-        if kind == "DTD":
-            root = root.parent  # dtd/dtd
-        try:
-            data = getattr(tv, kind)(root, split="test", download=False)
-        except (RuntimeError, FileNotFoundError) as error:
-            raise FileNotFoundError(
-                f"{place} is not as torchvision.datasets.{kind} has it ({str(error).split('.')[0]})"
-            ) from error
-        if files == labels:
-            pairs = [(Path(path), int(label)) for path, label in getattr(data, files)]
-        else:
-            values = zip(getattr(data, files), getattr(data, labels), strict=True)
-            pairs = [(Path(path), int(label)) for path, label in values]
-        items = [(path.relative_to(place).as_posix(), label, path) for path, label in pairs]
-        return list(data.classes), items
-
-    return read
-
-
-def _aircraft(place: Path, benchmark: Benchmark) -> tuple[list[str], Items]:
-    """``variants.txt`` in label order; ``images_variant_test.txt`` with "number variant name"."""
-    names = _lines(place / "variants.txt")
-    label = {name: i for i, name in enumerate(names)}
-    items = []
-    for line in _lines(place / "images_variant_test.txt"):
-        number, _, variant = line.partition(" ")
-        if variant not in label:
-            raise ValueError(
-                f"{place / 'images_variant_test.txt'}: {variant!r} is not in variants.txt"
-            )
-        items.append((f"{number}.jpg", label[variant], place / "images" / f"{number}.jpg"))
-    return names, items
-
-
-def _sun(place: Path, benchmark: Benchmark) -> tuple[list[str], Items]:
-    """``ClassName.txt`` and the first official partition, named as CoOp names them."""
-    folders = [line.lstrip("/") for line in _lines(place / "ClassName.txt")]
-    label = {folder: i for i, folder in enumerate(folders)}
-    # the letter goes; what is indoor or outdoor says so first
-    names = [" ".join(folder.split("/")[1:][::-1]) for folder in folders]
-    images = [line.lstrip("/") for line in _lines(place / "Testing_01.txt")]
-    inner = place / "SUN397" if (place / "SUN397").is_dir() else place
-    return names, [(p, label[p.rsplit("/", 1)[0]], inner / p) for p in images]
-
-
-def _resisc(place: Path, benchmark: Benchmark) -> tuple[list[str], Items]:
-    """A list of test images; the class is the file name without its number."""
-    listed = [f for f in ("test_splits.txt", "resisc45-test.txt") if (place / f).is_file()]
-    if not listed:
-        raise FileNotFoundError(f"no list of test images (resisc45-test.txt) in {place}")
-    images = [line.rsplit("/", 1)[-1] for line in _lines(place / listed[0])]
-    inner = next(
-        (place / f for f in ("images", "NWPU-RESISC45", "") if (place / f / "airplane").is_dir()),
-        place,
-    )
-    names = class_folders(inner)
-    label = {name: i for i, name in enumerate(names)}
-    classes = [re.sub(r"_\d+\.\w+$", "", image) for image in images]
-    _refuse_unknown(place / listed[0], classes, label)
-    return names, [
-        (f"{c}/{image}", label[c], inner / c / image)
-        for c, image in zip(classes, images, strict=True)
-    ]
-
-
-def _cub(place: Path, benchmark: Benchmark) -> tuple[list[str], Items]:
-    """Tables joined by the number of the image; labels there count from 1."""
-
-    def table(file: str) -> dict[str, str]:
-        return dict(line.split(maxsplit=1) for line in _lines(place / file))
-
-    names = [_number_off(n).replace("_", " ") for n in table("classes.txt").values()]
-    paths, labels = table("images.txt"), table("image_class_labels.txt")
-    test = [i for i, training in table("train_test_split.txt").items() if training == "0"]
-    return names, [(paths[i], int(labels[i]) - 1, place / "images" / paths[i]) for i in test]
-
-
-def _lines(path: Path) -> list[str]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: without it the labels are not known")
-    return [line.strip() for line in read_text(path).splitlines() if line.strip()]
-
-
-def _refuse_unknown(path: Path, given: Sequence[str], known: Mapping[str, int]) -> None:
-    bad = sorted(set(given) - set(known))
-    if bad:
-        raise ValueError(
-            f"{path} names {len(bad)} classes that have no folder: {', '.join(bad[:5])}; the "
-            f"folders are {', '.join(list(known)[:5])} ..."
-        )
