@@ -191,7 +191,7 @@ def _openai_model_module():
 
 def test_openai_code_gives_the_same_features(mini_file, views):
     loaded = models.load_mini(mini_file[0], device="cpu")
-    state = models.to_openai_state_dict(loaded.model)
+    state = openai_state_dict(loaded.model)
     theirs = _openai_model_module().build_model(state).float()
     with torch.no_grad():
         x = normalize(views / 255, loaded.mean, loaded.std)
@@ -202,13 +202,21 @@ def test_openai_code_gives_the_same_features(mini_file, views):
     torch.testing.assert_close(loaded.logit_scale, theirs.logit_scale.exp().detach())
 
 
+def openai_state_dict(model):
+    """The state dict under OpenAI's names, as their package's ``build_model`` takes it."""
+    return {
+        key: value.detach().clone(memory_format=torch.contiguous_format)
+        for key, value in model.state_dict().items()
+    }
+
+
 # --- local checkpoints ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["state_dict", "nested", "safetensors", "torchscript"])
 def test_local_checkpoints_load(mini_file, views, tmp_path, kind):
     loaded = models.load_mini(mini_file[0], device="cpu")
-    state = models.to_openai_state_dict(loaded.model)
+    state = openai_state_dict(loaded.model)
     path = tmp_path / ("weights.safetensors" if kind == "safetensors" else "weights.pt")
     if kind == "safetensors":
         save_file(state, path)

@@ -7,6 +7,7 @@ import warnings
 from argparse import Namespace
 
 import numpy as np
+import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
@@ -64,10 +65,10 @@ def test_sizes_and_places_are_as_named():
 
 def test_the_vocabulary_holds_every_token_of_every_caption():
     names = iconshift.classnames()
-    seen = set(models.open_clip.tokenize(captions.vocabulary(names)).unique().tolist())
+    seen = set(open_clip.tokenize(captions.vocabulary(names)).unique().tolist())
     rng = np.random.default_rng(1)
     texts = [captions.caption(n, random_facts(rng), rng)[0] for n in names for _ in range(5)]
-    assert set(models.open_clip.tokenize(texts).unique().tolist()) <= seen
+    assert set(open_clip.tokenize(texts).unique().tolist()) <= seen
 
 
 def test_with_one_positive_each_the_loss_is_clips():

@@ -196,7 +196,7 @@ def test_template_ensemble(mini64):
     torch.testing.assert_close(features, F.normalize(expected, dim=-1), atol=1e-12, rtol=0)
     single = template_features(mini64, NAMES[:3], "single")
     torch.testing.assert_close(single, Prompts(mini64, NAMES[:3]).text_features())
-    assert len(models.TEMPLATES["seven"]) == 7
+    assert len(models.template_sentences("seven")) == 7
     fixed = TemplatePrompts(mini64, NAMES, templates)
     assert torch.equal(fixed.text_features(), features) and fixed.ctx is None
 

@@ -24,7 +24,7 @@ from tpt_nb.core import messages
 from tpt_nb.datasets import imagenet_classes
 from tpt_nb.losses import marginal_entropy, select_confident
 from tpt_nb.models import Prompts, load_coop
-from tpt_nb.models import load as load_module
+from tpt_nb.models import loading as load_module
 from tpt_nb.runs import RunConfig
 from tpt_nb.runs import config as config_module
 from tpt_nb.runs import records as records_module
@@ -161,8 +161,8 @@ def test_an_archive_in_openais_cache_is_taken(archive, monkeypatch):
     monkeypatch.setattr(load_module, "ARCHIVES_DIR", archive[0].parent)
     assert runs.weights_here("RN50") and not models.weights_file("ViT-B/32")
     assert models.weights_file("RN50") == archive[0]
-    assert load_module._archive_source("ViT-L/14@336px").filename == "ViT-L-14-336px.pt"
-    assert len(load_module._archive_source("RN50").sha256) == 64
+    assert load_module.archive_source("ViT-L/14@336px")[0] == "ViT-L-14-336px.pt"
+    assert len(load_module.archive_source("RN50")[2]) == 64
     monkeypatch.setattr(load_module, "_load_file", lambda path, device, name: (path, name))
     assert models.load("RN50") == (archive[0], "RN50")
 
@@ -277,7 +277,7 @@ def test_auto_brings_what_it_needs_where_it_may(tmp_path, monkeypatch):
     monkeypatch.setenv("TPT_NB_DATASETS", str(tmp_path / "data"))
     there = []
     monkeypatch.setattr(config_module, "weights_here", lambda model: bool(there))
-    monkeypatch.setattr(load_module, "fetch_weights", lambda model: there.append(model))
+    monkeypatch.setattr(models, "fetch_weights", lambda model: there.append(model))
     monkeypatch.setattr(sources, "get", get)
     assert runs.choose_profile(RunConfig())[0] == "mini" and not asked and not there
     monkeypatch.setenv("TPT_NB_DOWNLOAD", "1")

@@ -18,7 +18,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
 
 from tpt_nb import models  # noqa: E402
-from tpt_nb.core.images import view_seed
+from tpt_nb.core.images import view_seed  # noqa: E402
 from tpt_nb.datasets import iconshift  # noqa: E402
 from tpt_nb.models import Prompts, save_coop, train_coop  # noqa: E402
 from tpt_nb.views import RandomViews  # noqa: E402

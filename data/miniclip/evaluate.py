@@ -24,12 +24,7 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
 
-from tpt_nb import (
-    datasets,
-    methods,
-    metrics,  # noqa: E402
-    models,  # noqa: E402
-)
+from tpt_nb import datasets, methods, metrics, models  # noqa: E402
 from tpt_nb.features import encode  # noqa: E402
 from tpt_nb.models import Prompts, TemplatePrompts  # noqa: E402
 from tpt_nb.views import RandomViews  # noqa: E402
@@ -66,12 +61,12 @@ def measure(model: models.Clip, variant: str, n: int | None, lr: float, coop: Pa
     def hits(result: methods.Adapted) -> torch.Tensor:
         return result.logits.argmax(1) == f.targets
 
-    zero = hits(methods.zero_shot(f.features, single))
-    zero_coop = hits(methods.zero_shot(f.features, tuned))
-    ensemble = hits(methods.zero_shot(f.features, TemplatePrompts(model, names, "seven")))
-    vote = hits(methods.confident_view(f.features, single, rho=RHO))
-    tpt = hits(methods.tpt(f.features, single, rho=RHO, lr=lr))
-    tpt_coop = hits(methods.tpt(f.features, tuned, rho=RHO, lr=lr))
+    zero = hits(methods.get("zero_shot")(f.features, single))
+    zero_coop = hits(methods.get("zero_shot")(f.features, tuned))
+    ensemble = hits(methods.get("zero_shot")(f.features, TemplatePrompts(model, names, "seven")))
+    vote = hits(methods.get("confident_view")(f.features, single, rho=RHO))
+    tpt = hits(methods.get("tpt")(f.features, single, rho=RHO, lr=lr))
+    tpt_coop = hits(methods.get("tpt")(f.features, tuned, rho=RHO, lr=lr))
     return {
         "single": cell(zero),
         "ensemble": cell(ensemble),
@@ -101,7 +96,7 @@ def choose_rate(model: models.Clip, n: int | None, coop: Path) -> dict:
         row = {"lr": lr, "text_shift": round(text_shift(model, names, lr), 4)}
         for variant, f in sets.items():
             for name, prompts in starts.items():
-                result = methods.tpt(f.features, prompts, rho=RHO, lr=lr)
+                result = methods.get("tpt")(f.features, prompts, rho=RHO, lr=lr)
                 before = (result.logits_before.argmax(1) == f.targets).float().mean()
                 after = (result.logits.argmax(1) == f.targets).float().mean()
                 row[f"{variant}/{name}"] = round(float(after - before), 4)

@@ -26,6 +26,7 @@ from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -36,10 +37,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent.parent)]
 import captions as C  # noqa: E402
 import train  # noqa: E402
 
-from tpt_nb import (
-    methods,
-    models,  # noqa: E402
-)
+from tpt_nb import methods, models  # noqa: E402
 from tpt_nb.datasets import iconshift  # noqa: E402
 from tpt_nb.models import Prompts  # noqa: E402
 
@@ -92,7 +90,7 @@ def measure(model: models.Clip, sets: dict) -> dict[str, float]:
     out = {"shift": text_shift(model, names, 0.02)}
     for variant, f in sets.items():
         for lr in (0.01, 0.02, 0.04):
-            result = methods.tpt(f.features, prompts, lr=lr)
+            result = methods.get("tpt")(f.features, prompts, lr=lr)
             before, after = (
                 float((logits.argmax(1) == f.targets).float().mean())
                 for logits in (result.logits_before, result.logits)
@@ -140,7 +138,7 @@ def main() -> None:
         for group in optimizer.param_groups:
             group["lr"] = args.lr * train.schedule(step, args.steps)
         with torch.autocast("cpu", torch.bfloat16):
-            text = train.text_features(model, lookup, models.open_clip.tokenize(texts + neutral))
+            text = train.text_features(model, lookup, open_clip.tokenize(texts + neutral))
         text, classes = F.normalize(text.float(), dim=1).split([len(texts), len(neutral)])
         loss = train.contrastive_loss(image, text, positive, scale)
         loss = loss + NEUTRAL_WEIGHT * F.cross_entropy(scale * image @ classes.T, target)

@@ -26,6 +26,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import torch
 import torch.nn.functional as F
 import torchvision.transforms.v2.functional as TF
@@ -204,7 +205,7 @@ def true_of(target: np.ndarray, truth: np.ndarray, stated: list[list[int]]) -> n
 
 def token_rows(names: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids of the tokens that captions can hold, and for every token its row among them, or -1."""
-    tokens = models.open_clip.tokenize(C.vocabulary(names))
+    tokens = open_clip.tokenize(C.vocabulary(names))
     ids = torch.cat([tokens.unique(), torch.tensor([models.SOT, models.EOT])]).unique()
     lookup = torch.full((49408,), -1)
     lookup[ids] = torch.arange(len(ids))
@@ -256,7 +257,7 @@ def expanded(model, ids: torch.Tensor):
 def validate(model, ids, names: list[str], mean, std, n: int = 400) -> dict[str, float]:
     """Zero-shot accuracy on source validation scenes and on small source objects in clutter."""
     full = expanded(model, ids)
-    tokens = models.open_clip.tokenize([f"a photo of a {name}." for name in names])
+    tokens = open_clip.tokenize([f"a photo of a {name}." for name in names])
     text = F.normalize(full.encode_text(tokens), dim=1)
     out = {}
     for variant in ("iconshift-v2", "iconshift-dev"):
@@ -312,8 +313,8 @@ def main() -> None:
             bank_number = step // BANK_STEPS
             bank, specs = paint_bank(bank_number, args.scenes)
         images, texts, positive, neutral, target, _ = batch(bank, specs, step, args, names)
-        tokens = models.open_clip.tokenize(texts).to(device)
-        neutral = models.open_clip.tokenize(neutral).to(device)
+        tokens = open_clip.tokenize(texts).to(device)
+        neutral = open_clip.tokenize(neutral).to(device)
         images = ((images - mean) / std).to(device, memory_format=torch.channels_last)
         for group in optimizer.param_groups:
             group["lr"] = args.lr * schedule(step, args.steps)

@@ -1,4 +1,4 @@
-"""TODO"""
+"""A CLIP with everything needed to feed it: views and sentences to unit-norm features."""
 
 import hashlib
 import warnings
@@ -7,24 +7,13 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
-from open_clip.tokenizer import SimpleTokenizer
 from torch import Tensor, nn
 
 OPENAI_MODELS = (
-    "RN50",
-    "RN101",
-    "RN50x4",
-    "RN50x16",
-    "RN50x64",
-    "ViT-B/32",
-    "ViT-B/16",
-    "ViT-L/14",
-    "ViT-L/14@336px",
-)
-
-
-SOT, EOT = 49406, 49407
+    "RN50", "RN101", "RN50x4", "RN50x16", "RN50x64",
+    "ViT-B/32", "ViT-B/16", "ViT-L/14", "ViT-L/14@336px",
+)  # fmt: skip
+SOT, EOT = 49406, 49407  # tokens
 
 
 @dataclass
@@ -52,8 +41,7 @@ class Clip:
     @property
     def embed_dim(self) -> int:
         """Width D of the joint space."""
-        tower = text_tower(self.model)
-        projection = tower.text_projection
+        projection = text_tower(self.model).text_projection
         if isinstance(projection, nn.Linear):
             return projection.out_features
         return projection.shape[1] if projection is not None else self.ctx_dim
@@ -76,8 +64,7 @@ class Clip:
             views: ``[V,3,H,W]``, uint8 in 0..255 or float in [0,1]; normalised here.
             batch: views per pass of the image encoder, at most; on a GPU fewer where memory is
                 short, and half as many after a pass that ran out of it.
-            checked: on a GPU, wait for each pass to see whether it overflowed in half precision,
-                and compute it again if so; False: whoever asked looks for numbers not finite.
+            checked: see :meth:`encode_pass`.
         Returns:
             ``[V,D]`` float32, unit norm, on the model's device.
         Raises:
@@ -85,11 +72,13 @@ class Clip:
             RuntimeError: not even one view fits into memory.
         """
         self._check_views(views)
+        if not len(views):
+            return torch.empty(0, self.embed_dim, device=self.device)
         features, done = [], 0
         step = min(batch, self.max_views or batch, self._room())
         while done < len(views):
             try:
-                features.append(self._encode_pass(views[done : done + step], checked))
+                features.append(self.encode_pass(views[done : done + step], checked))
                 done += step
                 continue
             except torch.OutOfMemoryError as error:
@@ -102,12 +91,14 @@ class Clip:
             step = self.max_views = step // 2
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
-        if not features:
-            return torch.empty(0, self.embed_dim, device=self.device)
         return torch.cat(features)
 
-    def _encode_pass(self, views: Tensor, checked: bool = True) -> Tensor:
-        """One pass of the image encoder: ``[V,3,S,S]`` -> ``[V,D]`` float32, unit norm."""
+    def encode_pass(self, views: Tensor, checked: bool = True) -> Tensor:
+        """One pass of the image encoder, with gradients: ``[V,3,S,S]`` -> ``[V,D]``, unit norm.
+
+        ``checked``: on a GPU, wait for the pass to see whether it overflowed in half precision, and
+        compute it again if so; False: whoever asked looks for numbers that are not finite.
+        """
         dtype = next(self.model.parameters()).dtype
         mean = torch.tensor(self.mean, device=self.device, dtype=dtype).view(1, 3, 1, 1)
         std = torch.tensor(self.std, device=self.device, dtype=dtype).view(1, 3, 1, 1)
@@ -190,13 +181,8 @@ def text_tower(model: nn.Module) -> nn.Module:
     tower = model if hasattr(model, "token_embedding") else getattr(model, "text", None)
     pool = getattr(tower, "text_pool_type", getattr(tower, "pool_type", None))
     causal = getattr(tower, "attn_mask", None) is not None
-    if (
-        tower is None
-        or pool not in ("argmax", "eos")
-        or not causal
-        or hasattr(tower, "cls_emb")
-        and tower.cls_emb is not None
-    ):
+    pooled = pool in ("argmax", "eos") and getattr(tower, "cls_emb", None) is None
+    if tower is None or not causal or not pooled:
         raise ValueError(
             f"{type(model).__name__} has no causal text tower that pools at the end-of-text token; "
             f"choose an OpenAI model ({', '.join(OPENAI_MODELS)}) or one of the same family."
@@ -233,6 +219,9 @@ def wrap(
         seen_tokens: ids of the tokens that training saw; a prompt with another one raises a
             warning.
     """
+    from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+    from open_clip.tokenizer import SimpleTokenizer
+
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model = model.eval().requires_grad_(False)
     prints = {"fingerprint": weights_fingerprint(model)}
@@ -242,7 +231,7 @@ def wrap(
     return Clip(
         name=name,
         model=model,
-        tokenizer=_checked_tokenizer(tokenizer or SimpleTokenizer(), name, seen_tokens),
+        tokenizer=checked_tokenizer(tokenizer or SimpleTokenizer(), name, seen_tokens),
         image_size=size[0] if isinstance(size, (tuple, list)) else int(size),
         mean=tuple(getattr(model.visual, "image_mean", None) or OPENAI_DATASET_MEAN),
         std=tuple(getattr(model.visual, "image_std", None) or OPENAI_DATASET_STD),
@@ -260,38 +249,34 @@ def weights_fingerprint(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def _checked_tokenizer(
-    base, name: str, seen_tokens: Tensor | None
-) -> Callable[[list[str]], Tensor]:
+def checked_tokenizer(base, name: str, seen_tokens: Tensor | None) -> Callable:
     """``base`` with warnings: a text cut at 77 tokens, a token that training never saw."""
     seen = None if seen_tokens is None else {int(i) for i in seen_tokens}
     warned: set[int] = set()
 
+    def warn_of_cuts(texts: list[str], tokens: Tensor) -> None:
+        length = tokens.shape[1]
+        full = tokens.argmax(dim=-1) == length - 1
+        for i in full.nonzero().flatten().tolist():
+            if len(base.encode(texts[i])) + 2 > length:
+                text = f"a text is longer than {length} tokens and was cut: {texts[i][:60]!r}..."
+                warnings.warn(text, stacklevel=3)
+
     def tokenize(texts: list[str]) -> Tensor:
         texts = [texts] if isinstance(texts, str) else list(texts)
         tokens = base(texts)
-        if hasattr(base, "encode"):
-            full = tokens.argmax(dim=-1) == tokens.shape[1] - 1
-            for i in full.nonzero().flatten().tolist():
-                if len(base.encode(texts[i])) + 2 > tokens.shape[1]:
-                    warnings.warn(
-                        f"a text is longer than {tokens.shape[1]} tokens and was cut: "
-                        f"{texts[i][:60]!r}...",
-                        stacklevel=2,
-                    )
-        if seen is not None:
-            for row in tokens:
-                used = row[
-                    : int(row.argmax()) + 1
-                ].tolist()  # behind the end-of-text token is padding
-                for token in sorted(set(used) - seen - warned):
-                    warned.add(token)
-                    word = base.decode([token]).strip()
-                    warnings.warn(
-                        f"the token {word!r} ({token}) was not in the training captions of "
-                        f"{name}: its embedding is zero and the prompt means less than it says.",
-                        stacklevel=2,
-                    )
+        if hasattr(base, "encode"):  # a tokenizer of Hugging Face may have none
+            warn_of_cuts(texts, tokens)
+        for row in tokens if seen is not None else ():
+            used = row[: int(row.argmax()) + 1].tolist()  # behind the end-of-text token is padding
+            for token in sorted(set(used) - seen - warned):
+                warned.add(token)
+                word = base.decode([token]).strip()
+                warnings.warn(
+                    f"the token {word!r} ({token}) was not in the training captions of "
+                    f"{name}: its embedding is zero and the prompt means less than it says.",
+                    stacklevel=2,
+                )
         return tokens
 
     return tokenize

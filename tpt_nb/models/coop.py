@@ -1,10 +1,13 @@
-"""CoOp: reading, writing and training a context."""
+"""CoOp's checkpoints: reading and writing a context."""
 
+import io
 import pickle
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from tpt_nb.core.files import write_whole
 
 
 class _Inert:
@@ -83,8 +86,7 @@ def _coop_mismatch(shape: tuple[int, ...], expected: tuple[int, ...]) -> str:
 
 def save_coop(path: str | Path, ctx: Tensor, epoch: int) -> None:
     """Write a context in the layout of CoOp's checkpoints, float16 as theirs."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    torch.save({"state_dict": {"ctx": ctx.detach().cpu().half()}, "epoch": epoch}, temporary)
-    temporary.replace(path)
+    content = io.BytesIO()
+    torch.save({"state_dict": {"ctx": ctx.detach().cpu().half()}, "epoch": epoch}, content)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, content.getvalue())

@@ -1,4 +1,4 @@
-"""The text tower on packed suffixes, and its Jacobian."""
+"""The text tower on packed suffixes."""
 
 import math
 
@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tpt_nb.models.tower import QUICK_GELU, _attend_causal, blocks_of, prefix_states, suffix_rows
+from tpt_nb.models.tower import QUICK_GELU, attend_causal, blocks_of
 
 ROWS = 640  # of the MLP at a time: its wide activation should not leave the cache
 
@@ -141,7 +141,7 @@ class Packed:
             mixed = self._attend(block.heads, q, k, v, *own[1:], self.all)
             x = block.finish(x, mixed)
             by_head = [t.unflatten(-1, (block.heads, -1)).transpose(1, 2) for t in own]
-            prefix = block.finish(prefix, _attend_causal(*by_head, scale=1))
+            prefix = block.finish(prefix, attend_causal(*by_head, scale=1))
         x = x.expand(batch, -1, -1)
         y = last.ln_1(x)
         q = last.project["q"](self._end_rows(y).flatten(0, 1)).unflatten(0, (batch, -1))
@@ -189,52 +189,3 @@ class Packed:
                 w_j = weights[:, :, n_prefix + j, start : start + n].transpose(1, 2)[..., None]
                 by_head[:, start : start + n].addcmul_(w_j, v_j)
         return mixed
-
-
-def jacobian(tower: nn.Module, prefix: Tensor, suffixes: list[Tensor], order: Tensor) -> Tensor:
-    """Derivative of the end-of-text rows in the context, as a matrix per class.
-
-    Reverse mode in two parts that meet at the states of the prefix (what enters each block there):
-    the rows of each class in its own copy of the states, and the states in the prefix.
-
-    Args:
-        prefix: ``[1+M,d]``, the start token and the context, positions added.
-        suffixes: as in :func:`causal_tower`, with one batch entry.
-        order: ``[C]``, where each class stands in the groups of suffixes.
-    Returns:
-        ``[C,d,M*d]`` for end-of-text rows behind the last layer norm.
-    """
-    m, d = len(prefix) - 1, prefix.shape[1]
-    moving = prefix[1:].detach().clone().requires_grad_(True)
-    states = prefix_states(tower, torch.cat([prefix[:1], moving])[None])
-    by_state = [None]  # of the first state, which is the prefix: the identity
-    for state in states[1:]:
-        rows = state[0, 1:].flatten()
-        eye = torch.eye(m * d, dtype=prefix.dtype, device=prefix.device)
-        parts = [
-            torch.autograd.grad(rows, moving, e, is_grads_batched=True, retain_graph=True)[0]
-            for e in eye.split(256)
-        ]
-        by_state.append(torch.cat(parts).flatten(1))  # [M*d,M*d]
-    members = order.argsort()  # the classes in the order of the groups
-    out = prefix.new_empty(len(members), d, m * d)
-    start = 0
-    for x in suffixes:
-        _, c, s, _ = x.shape
-        own = [
-            state.detach()[:, 1:].expand(c, -1, -1).clone().requires_grad_(True) for state in states
-        ]
-        fixed = [state.detach()[:, :1].expand(c, -1, -1) for state in states]
-        full = [torch.cat(pair, dim=1) for pair in zip(fixed, own, strict=True)]
-        rows = suffix_rows(tower, full, [x.transpose(0, 1)])[:, 0]  # [c,d]
-        size = max(1, 2**22 // (c * (s + m) * 4 * d))  # rows at a time, for the cache
-        for k in range(0, d, size):
-            which = torch.arange(k, min(k + size, d), device=x.device)
-            seeds = F.one_hot(which, d).to(x.dtype)[:, None].expand(-1, c, -1)
-            grads = torch.autograd.grad(rows, own, seeds, is_grads_batched=True, retain_graph=True)
-            total = grads[0].flatten(2)  # [r,c,M*d]
-            for grad, matrix in zip(grads[1:], by_state[1:], strict=True):
-                total = total + grad.flatten(2) @ matrix
-            out[members[start : start + c, None], which] = total.transpose(0, 1)
-        start += c
-    return out

@@ -9,23 +9,20 @@ all classes and are computed once; classes with equally long names form one batc
 
 import hashlib
 import json
-import os
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from tpt_nb.models.clip import Clip, project_text, run_text_tower, text_tower
 from tpt_nb.models.coop import load_coop
-from tpt_nb.models.packed import Packed, jacobian
-from tpt_nb.models.templates import _check_names, _clean
+from tpt_nb.models.jacobian import jacobian, kept
+from tpt_nb.models.packed import Packed
+from tpt_nb.models.templates import clean_names
 from tpt_nb.models.tower import LONGEST, causal_tower, has_plain_attention
 
 POSITIONS = ("end", "middle", "front")
@@ -63,17 +60,16 @@ class Prompts:
         seed: int = 0,
     ) -> None:
         if class_token_position not in POSITIONS:
+            allowed = ", ".join(POSITIONS)
             raise ValueError(
-                f"class_token_position is {class_token_position!r}; allowed: "
-                f"{', '.join(POSITIONS)}."
+                f"class_token_position is {class_token_position!r}; allowed: {allowed}."
             )
         self.clip = clip
         self.classnames = list(classnames)
         self.C = len(self.classnames)
         self.class_token_position = class_token_position
         self.class_specific = class_specific
-        names = [_clean(name) for name in self.classnames]
-        _check_names(names)
+        names = clean_names(self.classnames)
         self._made: dict[tuple, object] = {}
         self.n_images: int | None = None
         self.cache: Path | None = None
@@ -109,7 +105,7 @@ class Prompts:
         Returns:
             ``[C,D]``, or ``[B,C,D]`` for a batch of contexts; the model's dtype and device.
         """
-        weight = text_tower(self.clip.model).token_embedding.weight
+        weight = self._table
         if ctx is None and exact == "fast":
             start = self.ctx.to(weight)[None]
             return self.once("text features", lambda: self._fast_features(start)[0])
@@ -133,8 +129,8 @@ class Prompts:
     # --- construction ----------------------------------------------------------------------------
 
     def _initial_context(self, ctx_init, n_ctx, coop, seed) -> Tensor:
-        table = text_tower(self.clip.model).token_embedding.weight
-        words = _token_lists(self.clip, [_clean(ctx_init)])[0] if ctx_init else []
+        table = self._table
+        words = _token_lists(self.clip, [ctx_init.replace("_", " ").strip()])[0] if ctx_init else []
         if n_ctx is not None and n_ctx < 1:
             raise ValueError(f"n_ctx is {n_ctx}; a context has at least one vector.")
         if not coop and words and n_ctx not in (None, len(words)):
@@ -167,7 +163,7 @@ class Prompts:
 
     def _paper_features(self, ctx: Tensor) -> Tensor:
         """``[M,d]`` or ``[C,M,d]`` -> ``[C,D]``, with all 77 tokens, padding included."""
-        tower = text_tower(self.clip.model)
+        tower = self._tower
         length = tower.positional_embedding.shape[0]
         rows, eot = [], []
         for c, tokens in enumerate(self.tokens):
@@ -194,8 +190,17 @@ class Prompts:
         row = self.clip.tokenizer([""])[0]
         return [int(row[0]), int(row.max())]
 
+    @property
+    def _tower(self) -> nn.Module:
+        return text_tower(self.clip.model)
+
+    @property
+    def _table(self) -> Tensor:
+        """The embeddings of the tokens ``[49408,d]``; whose dtype and device the prompts have."""
+        return self._tower.token_embedding.weight
+
     def _embed(self, ids: list[int]) -> Tensor:
-        table = text_tower(self.clip.model).token_embedding.weight
+        table = self._table
         return table[torch.tensor(ids, dtype=torch.long, device=table.device)]
 
     @property
@@ -216,7 +221,7 @@ class Prompts:
 
     def _fast_features(self, ctx: Tensor) -> Tensor:
         """``[B,M,d]`` or ``[B,C,M,d]`` -> ``[B,C,D]``."""
-        tower = text_tower(self.clip.model)
+        tower = self._tower
         if not has_plain_attention(tower):  # rare variants
             return torch.stack([self._paper_features(one) for one in ctx])
         return F.normalize(project_text(tower, self.rows(ctx)), dim=-1)
@@ -226,7 +231,7 @@ class Prompts:
 
         ``[B,M,d]`` (class-specific ``[B,C,M,d]``) -> ``[B,C,d]``, in the dtype of the model.
         """
-        tower = text_tower(self.clip.model)
+        tower = self._tower
         prefix, suffixes, order = self._split(ctx)
         if torch.is_grad_enabled() and (ctx.requires_grad or tower.ln_final.weight.requires_grad):
             return causal_tower(tower, prefix, suffixes)[:, order]
@@ -241,7 +246,7 @@ class Prompts:
         prefix = self._embed(self._special[:1]).expand(len(ctx), 1, -1)
         if not self.class_specific:  # else the start token alone is common to all classes
             prefix = torch.cat([prefix, ctx[:, : self._before_name()]], dim=1)
-        position = text_tower(self.clip.model).positional_embedding
+        position = self._tower.positional_embedding
         prefix = prefix + position[: prefix.shape[1]]
         if self.fixed_suffixes:
             return prefix, *self.once("suffixes", lambda: self._suffixes(None))
@@ -251,7 +256,7 @@ class Prompts:
         """The suffixes and the order; ``ctx`` is None where none of it stands in a suffix."""
         half, eot = self._before_name(), self._special[1]
         offset = 1 + (0 if self.class_specific else half)
-        position = text_tower(self.clip.model).positional_embedding
+        position = self._tower.positional_embedding
         groups: dict[tuple[int, int], list[int]] = {}
         for c, (name, rest) in enumerate(self.tokens):
             groups.setdefault((len(name), len(rest)), []).append(c)
@@ -280,7 +285,7 @@ class Prompts:
         longest = max(x.shape[2] for x in suffixes)
         if not self.fixed_suffixes or suffixes[0].is_cuda or longest > LONGEST:
             return None
-        return self.once("packed", lambda: Packed(text_tower(self.clip.model), suffixes, order))
+        return self.once("packed", lambda: Packed(self._tower, suffixes, order))
 
     def once(self, what: str, make: Callable):
         """What ``make`` gives, made once; it must depend on the prompts, their initial context and
@@ -288,7 +293,7 @@ class Prompts:
 
         While the model is trained, it is made each time.
         """
-        weight = text_tower(self.clip.model).token_embedding.weight
+        weight = self._table
         if weight.requires_grad:  # not frozen: somebody trains it
             return make()
         key = (what, weight.dtype, weight.device)
@@ -318,32 +323,24 @@ class Prompts:
     @property
     def has_jacobian(self) -> bool:
         """Can :meth:`jacobian` be asked for?"""
-        return self.fixed_suffixes and has_plain_attention(text_tower(self.clip.model))
+        return self.fixed_suffixes and has_plain_attention(self._tower)
 
     def _read_or_make_jacobian(self, cache: str | Path | None) -> Tensor:
         if cache is None:
             return self._make_jacobian()
-        weight = text_tower(self.clip.model).token_embedding.weight
-        about = [self.clip.fingerprint, self.tokens, str(weight.dtype), weight.device.type]
+        about = [
+            self.clip.fingerprint,
+            self.tokens,
+            str(self._table.dtype),
+            self._table.device.type,
+        ]
         key = hashlib.sha256(json.dumps(about).encode())
         key.update(self.ctx.detach().cpu().numpy().tobytes())
         path = Path(cache) / "jacobians" / f"{key.hexdigest()[:20]}.safetensors"
-        with suppress(OSError, SafetensorError, KeyError):  # not there, or damaged: made again
-            return load_file(path)["jacobian"].to(weight.device)
-        out = self._make_jacobian()
-        temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            save_file({"jacobian": out.cpu()}, temporary)
-            temporary.replace(path)
-        except (OSError, SafetensorError) as error:  # a full disk: it is only a cache
-            warnings.warn(f"the Jacobian is not kept in {path.parent}: {error}", stacklevel=2)
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
-        return out
+        return kept(path, self._make_jacobian, self._table.device)
 
     def _make_jacobian(self) -> Tensor:
-        tower = text_tower(self.clip.model)
+        tower = self._tower
         with torch.no_grad():
             prefix, suffixes, order = self._split(self.ctx.to(tower.token_embedding.weight)[None])
         with torch.enable_grad():

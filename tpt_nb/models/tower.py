@@ -51,7 +51,7 @@ def prefix_states(tower: nn.Module, prefix: Tensor) -> list[Tensor]:
     """What enters each block at the prefix: ``[B,P,d]`` per block, ``prefix`` itself first."""
     states = [prefix]
     for block in blocks_of(tower)[:-1]:
-        mixed = _attend_causal(*_project(block, states[-1], "qkv"))
+        mixed = attend_causal(*_project(block, states[-1], "qkv"))
         states.append(_finish(block, states[-1], mixed))
     return states
 
@@ -94,7 +94,7 @@ def _project_flat(block: nn.Module, x: Tensor, which: str) -> Tensor:
     return F.linear(block.ln_1(x), attention.in_proj_weight[rows], attention.in_proj_bias[rows])
 
 
-def _attend_causal(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+def attend_causal(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
     """Causal self-attention of ``[B,h,T,e]`` -> ``[B,T,h*e]``."""
     scores = q @ k.transpose(-1, -2) * (scale or 1 / math.sqrt(q.shape[-1]))
     scores = scores + _causal_mask(scores)

@@ -5,8 +5,8 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
+from tpt_nb.core.messages import bar
 from tpt_nb.models.clip import Clip, text_tower
 from tpt_nb.models.prompts import Prompts
 
@@ -53,37 +53,31 @@ def train_coop(
             f"targets span {int(targets.min())}..{int(targets.max())}, but there are "
             f"{len(classnames)} class names."
         )
-    prompts = Prompts(
-        clip,
-        classnames,
-        ctx_init,
-        n_ctx,
-        class_token_position=class_token_position,
-        class_specific=class_specific,
-        seed=seed,
-    )
+    place = {"class_token_position": class_token_position, "class_specific": class_specific}
+    prompts = Prompts(clip, classnames, ctx_init, n_ctx, seed=seed, **place)
     weight = text_tower(clip.model).token_embedding.weight
     features, targets = features.to(weight), targets.to(weight.device)
     ctx = prompts.ctx.to(weight).clone().requires_grad_(True)
     optimizer = torch.optim.SGD([ctx], lr=lr, momentum=0.9, weight_decay=5e-4)
     generator = torch.Generator().manual_seed(seed)
     n, n_views = features.shape[:2]
-    bar = tqdm(range(epochs), desc="CoOp", unit="epoch", disable=None if progress else True)
-    for epoch in bar:
-        cosine = 0.5 * lr * (1 + math.cos(math.pi * (epoch - 1) / epochs))
-        optimizer.param_groups[0]["lr"] = 1e-5 if epoch == 0 else cosine
-        order = torch.randperm(n, generator=generator)
-        view = torch.randint(n_views, (n,), generator=generator)
-        total, steps = 0.0, 0
-        for index in order.split(batch):
-            if len(index) < batch and steps:  # a short last batch is dropped, as CoOp's loader does
-                break
-            x = features[index, view[index]]
-            logits = clip.logit_scale * x @ prompts.text_features(ctx).T
-            loss = F.cross_entropy(logits, targets[index.to(targets.device)])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            total, steps = total + loss.item(), steps + 1
-        bar.set_postfix(loss=f"{total / steps:.3f}")
+    with bar(epochs, 0, "CoOp", progress, unit="epoch") as shown:
+        for epoch in range(epochs):
+            cosine = 0.5 * lr * (1 + math.cos(math.pi * (epoch - 1) / epochs))
+            optimizer.param_groups[0]["lr"] = 1e-5 if epoch == 0 else cosine
+            order = torch.randperm(n, generator=generator)
+            view = torch.randint(n_views, (n,), generator=generator)
+            losses = []
+            for index in order.split(batch):
+                if len(index) < batch and losses:  # a short last batch is dropped, as CoOp does
+                    break
+                x = features[index, view[index]]
+                logits = clip.logit_scale * x @ prompts.text_features(ctx).T
+                loss = F.cross_entropy(logits, targets[index.to(targets.device)])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                losses.append(loss.item())
+            shown.set_postfix(loss=f"{sum(losses) / len(losses):.3f}", refresh=False)
+            shown.update()
     return ctx.detach().float().cpu()

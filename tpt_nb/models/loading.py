@@ -1,6 +1,6 @@
-"""Load a CLIP by name through open_clip; encode views and sentences to unit-norm features.
+"""Load a CLIP by name through open_clip.
 
-``load`` knows the embedded ``mini``, the OpenAI models, every other open_clip model
+:func:`load` knows the embedded ``mini``, the OpenAI models, every other open_clip model
 (``model@tag``) and local checkpoint files. All of them become a :class:`Clip`: a frozen open_clip
 model with its tokenizer, its image statistics and a fingerprint of its weights. CLIP itself is
 Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021.
@@ -12,39 +12,31 @@ import warnings
 import zipfile
 from pathlib import Path
 
-import open_clip
 import torch
-from open_clip.model import build_model_from_openai_state_dict
 from torch import Tensor, nn
 
+from tpt_nb.core.files import write_whole
+from tpt_nb.core.messages import first_line
 from tpt_nb.core.paths import DATA
 from tpt_nb.models.clip import EOT, OPENAI_MODELS, SOT, Clip, wrap
 
 MINI_CONFIG = {
     "embed_dim": 256,
     "vision_cfg": {"layers": (1, 1, 2, 1), "width": 24, "head_width": 64, "image_size": 64},
-    "text_cfg": {
-        "context_length": 77,
-        "vocab_size": 49408,
-        "width": 192,
-        "heads": 3,
-        "layers": 3,
-    },
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 192, "heads": 3, "layers": 3},
     "quick_gelu": True,
 }
-
-
 MINI_PATH = DATA / "miniclip" / "miniclip.safetensors"
-
-
 ARCHIVES_DIR = Path.home() / ".cache" / "clip"  # where OpenAI's package and open_clip look too
 
 
-def build_mini(seed: int = 0, config: dict | None = None) -> open_clip.CLIP:
+def build_mini(seed: int = 0, config: dict | None = None) -> nn.Module:
     """An untrained MiniCLIP: open_clip's own class from a config, weights drawn from ``seed``.
 
     The global random state is left as it was.
     """
+    import open_clip
+
     config = MINI_CONFIG if config is None else config
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -59,7 +51,7 @@ def save_mini(model: nn.Module, token_ids: list[int] | Tensor, path: str | Path)
     Statistics of batch norm and the logit scale stay float32 (they are tiny, and variances can
     leave the range of float16). Start and end of text are always among the rows.
     """
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     ids = torch.as_tensor(sorted({int(i) for i in token_ids} | {SOT, EOT}), dtype=torch.int32)
     tensors = {}
@@ -73,11 +65,8 @@ def save_mini(model: nn.Module, token_ids: list[int] | Tensor, path: str | Path)
             raise ValueError(f"{key} has values that float16 cannot hold; is the training healthy?")
         tensors[key] = stored.contiguous()
     config = getattr(model, "mini_config", MINI_CONFIG)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    save_file({**tensors, "token_ids": ids}, temporary, metadata={"config": json.dumps(config)})
-    temporary.replace(path)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, save({**tensors, "token_ids": ids}, metadata={"config": json.dumps(config)}))
 
 
 def load_mini(path: str | Path = MINI_PATH, device: str | torch.device | None = None) -> Clip:
@@ -87,6 +76,7 @@ def load_mini(path: str | Path = MINI_PATH, device: str | torch.device | None = 
         FileNotFoundError, ValueError: the file is missing or damaged; the message says how to
             rebuild it.
     """
+    import open_clip
     from safetensors import SafetensorError, safe_open
 
     path = Path(path)
@@ -98,9 +88,7 @@ def load_mini(path: str | Path = MINI_PATH, device: str | torch.device | None = 
             config = json.loads((file.metadata() or {})["config"])
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
         ids, rows = tensors.pop("token_ids").long(), tensors.pop("token_rows")
-        with torch.device(
-            "meta"
-        ):  # every weight comes from the file: drawing random ones would be waste
+        with torch.device("meta"):  # every weight comes from the file: nothing is drawn
             model = open_clip.CLIP(**config)
         table = torch.zeros(model.vocab_size, rows.shape[1])
         table[ids] = rows.float()
@@ -108,29 +96,10 @@ def load_mini(path: str | Path = MINI_PATH, device: str | torch.device | None = 
         model.load_state_dict({**state, "token_embedding.weight": table}, assign=True)
     except (SafetensorError, KeyError, IndexError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is no readable MiniCLIP file ({error}); {rebuild}.") from error
-    restore_causal_mask(model)
+    length = model.context_length  # the mask is in no state dict, and a model on ``meta`` lacks it
+    model.attn_mask = torch.full((length, length), float("-inf")).triu_(1)
     model.mini_config = config
     return wrap(model, "mini", device=device, seen_tokens=ids)
-
-
-def restore_causal_mask(model: nn.Module) -> None:
-    """Fill in the mask, which no state dict holds and a model built on ``meta`` lacks."""
-    length = model.context_length
-    model.attn_mask = torch.full((length, length), float("-inf")).triu_(1)
-
-
-def to_openai_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict under OpenAI's names, as ``clip.model.build_model`` of their package takes it.
-
-    Only for models of the OpenAI family: QuickGELU, text heads width/64, image heads 32·width/64.
-    """
-    state = {
-        key: value.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for key, value in model.state_dict().items()
-    }
-    if "positional_embedding" not in state or model.logit_bias is not None:
-        raise ValueError(f"{type(model).__name__} is not laid out as OpenAI's CLIP is.")
-    return state
 
 
 def load(name: str = "mini", device: str | torch.device | None = None) -> Clip:
@@ -149,6 +118,8 @@ def load(name: str = "mini", device: str | torch.device | None = None) -> Clip:
     """
     if name == "mini":
         return load_mini(device=device)
+    import open_clip
+
     openai = {known: _hyphened(known) for known in OPENAI_MODELS}
     if name in openai or name in openai.values():
         return _load_openai(name, openai.get(name, name), device)
@@ -175,15 +146,14 @@ def _load_openai(name: str, architecture: str, device) -> Clip:
         if os.environ.get("TPT_NB_DOWNLOAD") == "0":
             raise
     try:
-        return _load_file(_openai_archive(architecture), device, name)
+        return _load_file(_fetch_archive(architecture), device, name)
     except OSError as error:
         raise RuntimeError(f"{error}\nWithout a network use 'mini'.") from error
 
 
 def weights_file(model: str) -> Path | None:
     """OpenAI's archive of this model, if it is where the clip package and open_clip put it."""
-    source = _archive_source(model)
-    path = ARCHIVES_DIR / source.filename
+    path = ARCHIVES_DIR / archive_source(model)[0]
     return path if path.is_file() else None
 
 
@@ -192,30 +162,32 @@ def fetch_weights(model: str) -> Path | None:
 
     Raises ``OSError`` if neither OpenAI's server nor the hub of open_clip gives them.
     """
+    import open_clip
+
     try:
-        return weights_file(model) or _openai_archive(model)
+        return weights_file(model) or _fetch_archive(model)
     except OSError as error:
         try:
             config = open_clip.get_pretrained_cfg(_hyphened(model), "openai")
             open_clip.download_pretrained(config)
         except Exception as second:
-            lines = str(second).strip().splitlines()
-            raise OSError(f"{error}\nThe hub: {lines[0] if lines else second!r}") from second
+            raise OSError(f"{error}\nThe hub: {first_line(second) or repr(second)}") from second
         return None
 
 
-def _openai_archive(model: str) -> Path:
-    from tpt_nb.core.download import fetch
+def _fetch_archive(model: str) -> Path:
+    from tpt_nb.core.download import Source, fetch
 
-    return fetch(_archive_source(model), ARCHIVES_DIR)
+    name, url, sha256 = archive_source(model)
+    return fetch(Source(name, (url,), sha256=sha256), ARCHIVES_DIR)
 
 
-def _archive_source(model: str):
-    """Address, name and checksum, which is part of the address."""
-    from tpt_nb.core.download import Source
+def archive_source(model: str) -> tuple[str, str, str]:
+    """File name, address and checksum (which is part of the address) of OpenAI's archive."""
+    import open_clip
 
     url = open_clip.get_pretrained_cfg(_hyphened(model), "openai")["url"]
-    return Source(url.rsplit("/")[-1], (url,), sha256=url.split("/")[-2])
+    return url.rsplit("/")[-1], url, url.split("/")[-2]
 
 
 def _hyphened(model: str) -> str:
@@ -224,6 +196,8 @@ def _hyphened(model: str) -> str:
 
 def _load_open_clip(name: str, architecture: str, tag: str, device) -> Clip:
     """Through open_clip, with the activation that the pretrained tag was trained with."""
+    import open_clip
+
     known = open_clip.list_pretrained_tags_by_model(architecture)
     if tag not in known and not Path(tag).is_file():
         raise ValueError(
@@ -244,6 +218,8 @@ def _load_open_clip(name: str, architecture: str, tag: str, device) -> Clip:
 
 def _load_file(path: Path, device, name: str = "") -> Clip:
     """A local checkpoint of the OpenAI family, or a MiniCLIP file."""
+    from open_clip.model import build_model_from_openai_state_dict
+
     if path.suffix == ".safetensors":
         from safetensors import safe_open
 
