@@ -14,10 +14,14 @@ from open_clip.tokenizer import SimpleTokenizer
 from PIL import Image
 from test_experiment import CLASSES, PER_CLASS, world  # noqa: F401 (a fixture)
 
+from tpt_nb import datasets, methods
+from tpt_nb.core.paths import DATA
 from tpt_nb.datasets import iconshift
 from tpt_nb.methods import caption_prompts
-from tpt_nb.methods.caption_prompts.captioners import ClipCaptioner
-from tpt_nb.methods.caption_prompts.words import find_word, personal_prompts
+from tpt_nb.methods.caption_prompts import ClipCaptioner, find_word, personal_prompts
+from tpt_nb.methods.caption_prompts.captioners import PLAIN, SLOTS, sentence
+from tpt_nb.methods.caption_prompts.texts import encode_alike
+from tpt_nb.methods.caption_prompts.words import CHARACTERS, token_length, words_of
 from tpt_nb.models import Prompts, clip
 from tpt_nb.runs import RunConfig, run
 
@@ -50,7 +54,7 @@ def test_the_projects_procedure_with_its_defects():
     assert personal_prompts("A Cat sleeps", (2, 5), NAMES) == ["A Cat sleeps"] * len(NAMES)
     late = "a very long description of a scene in which at the very end there appears a cat"
     cut = personal_prompts(late, find_word(late, "cat"), ["elephant", "eagle"])
-    assert all(len(p) == caption_prompts.CHARACTERS for p in cut) and len(set(cut)) == 1
+    assert all(len(p) == CHARACTERS for p in cut) and len(set(cut)) == 1
     assert personal_prompts(late, find_word(late, "cat"), ["elephant"], "limit")[0].endswith(
         "a elephant"
     )
@@ -87,18 +91,14 @@ def test_limit_keeps_the_label_and_the_length(mini, repairs, place):
     words = [f"word{i}" for i in range(80)]
     words[place] = "cat"
     text = " ".join(words)
-    length = caption_prompts.token_length(mini)
-    prompts = personal_prompts(text, find_word(text, "cat"), NAMES, repairs, length)
+    prompts = personal_prompts(text, find_word(text, "cat"), NAMES, repairs)
     assert len(set(prompts)) == len(NAMES)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # the tokenizer warns of a text that it cuts
         mini.tokenizer(prompts)
     for name, prompt in zip(NAMES, prompts, strict=True):
         assert re.search(rf"\b{name}\b", prompt)
-        assert length(prompt) <= 77
-        assert length(prompt) > 60  # no more is dropped than must be
-    short = personal_prompts(text, find_word(text, "cat"), NAMES, repairs)  # without a tokenizer
-    assert all(length(p) <= 77 and n in p for p, n in zip(short, NAMES, strict=True))
+        assert 60 < token_length(prompt) <= 77  # no more is dropped than must be
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_mistakes_are_named():
 
 def test_words():
     text = "A cat's tail, 2 owls_x"
-    assert [text[a:b] for a, b in caption_prompts.words_of(text)] == ["cat", "tail", "owls_x"]
+    assert [text[a:b] for a, b in words_of(text)] == ["cat", "tail", "owls_x"]
     assert find_word("cattle and Cat", "cat") == (11, 14)
     assert find_word("cattle", "cat") is None
 
@@ -149,11 +149,8 @@ def test_caption_is_what_fits_best(mini, captioner):
     thing = NAMES[
         int((feature @ mini.encode_text([f"a photo of a {n}." for n in NAMES]).T).argmax())
     ]
-    for slot, words in caption_prompts.SLOTS.items():
-        options = [
-            caption_prompts.sentence(thing, **caption_prompts.PLAIN | {slot: w}) + "."
-            for w in words
-        ]
+    for slot, words in SLOTS.items():
+        options = [sentence(thing, **PLAIN | {slot: w}) + "." for w in words]
         best = words[int((mini.encode_text(options) @ feature[0]).argmax())]
         assert best in text and thing in text
 
@@ -161,7 +158,7 @@ def test_caption_is_what_fits_best(mini, captioner):
 def test_keyword_is_a_whole_word_or_nothing(captioner):
     for text in ("a cat on a mat", "An Owl, sitting.", "a photo of a birthday cake"):
         a, b = captioner.keyword(text)
-        assert (a, b) in caption_prompts.words_of(text)
+        assert (a, b) in words_of(text)
     for text in ("", "a", "...", "? !"):
         assert captioner.keyword(text) is None
 
@@ -242,14 +239,14 @@ def test_known_share_and_silence(mini):
     with torch.no_grad():
         half.model.token_embedding.weight[cat] = 0
     seen = torch.tensor([i for i in range(49408) if i != cat])
-    half.tokenizer = clip._checked_tokenizer(SimpleTokenizer(), "half", seen)
+    half.tokenizer = clip.checked_tokenizer(SimpleTokenizer(), "half", seen)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert caption_prompts.known_share(half, ["cat dog", "dog dog"]) == 0.75
         assert caption_prompts.known_share(mini, ["cat dog"]) == 1.0
         assert caption_prompts.known_words(half, ["a cat on a dog.", "cat"]) == ["a on a dog.", ""]
         assert caption_prompts.known_words(mini, ["a  cat", ""]) == ["a cat", ""]
-    half.tokenizer = clip._checked_tokenizer(SimpleTokenizer(), "half", seen)
+    half.tokenizer = clip.checked_tokenizer(SimpleTokenizer(), "half", seen)
     with pytest.warns(UserWarning, match="was not in the training captions"):
         half.tokenizer(["cat"])
 
@@ -276,7 +273,7 @@ def test_each_sentence_is_encoded_once(mini):
     ],
 )
 def test_common_beginnings_change_nothing(mini64, texts):
-    got = caption_prompts.encode_alike(mini64, texts)
+    got = encode_alike(mini64, texts)
     assert torch.allclose(got, mini64.encode_text(texts).float(), atol=1e-6)
 
 
@@ -298,15 +295,14 @@ def test_method_is_what_one_would_do_by_hand(mini, captioner, repairs):
     prompts = Prompts(mini, NAMES)
     generator = torch.Generator().manual_seed(1)
     features = F.normalize(torch.randn(3, 2, mini.embed_dim, generator=generator), dim=-1)
-    done = caption_prompts.caption_prompts(features, prompts, captioner, repairs)
+    method = methods.get("caption_prompts")
+    done = method(features, prompts, inputs={"captioner": captioner}, repairs=repairs)
     scale = float(mini.logit_scale)
     on = caption_prompts.parse_repairs(repairs)
     standard = mini.encode_text([f"a photo of a {n}." for n in NAMES])
     for i, x in enumerate(features[:, 0]):
         (text,) = captioner.captions(x[None])
-        mine = personal_prompts(
-            text, captioner.keyword(text), NAMES, on, caption_prompts.token_length(mini)
-        )
+        mine = personal_prompts(text, captioner.keyword(text), NAMES, on)
         rows = mini.encode_text(mine)
         if "average" in on:
             fit = [float(mini.encode_text([text])[0] @ x), float((standard @ x).max())]
@@ -316,19 +312,18 @@ def test_method_is_what_one_would_do_by_hand(mini, captioner, repairs):
         assert torch.allclose(done.logits_before[i], scale * standard @ x, atol=2e-3)
     assert done.selected.tolist() == [[True, False]] * 3
     with pytest.raises(ValueError, match="needs a captioner"):
-        caption_prompts.caption_prompts(features, prompts)
+        method(features, prompts)
 
 
 def test_a_run(world, tmp_path):  # noqa: F811
     done = {}
     for repairs in ("none", "all"):
-        config = RunConfig(
-            **world, method="caption_prompts", captioner="clip", repairs=repairs, out=str(tmp_path)
-        )
-        done[repairs] = run(config, progress=False)
+        values = {"method": "caption_prompts", "captioner": "clip", "repairs": repairs}
+        done[repairs] = run({**world, **values, "out": str(tmp_path)}, progress=False)
         assert len(done[repairs].records) == len(CLASSES) * PER_CLASS
         assert done[repairs].config.n_aug == 0  # one view is encoded, not eight
-    assert done["all"].config.repairs == "+".join(caption_prompts.REPAIRS)
+    assert done["all"].config.options["repairs"] == "+".join(caption_prompts.REPAIRS)
+    assert done["none"].config.options == {"captioner": "clip", "repairs": "none"}
     a, b = (d.records for d in done.values())
     assert [r["pred_before"] for r in a] == [r["pred_before"] for r in b]
     assert [r["conf_after"] for r in a] != [r["conf_after"] for r in b]
@@ -337,21 +332,39 @@ def test_a_run(world, tmp_path):  # noqa: F811
 def test_options_of_other_methods_are_refused(world):  # noqa: F811
     for option, value in (("repairs", "span"), ("captioner", "clip")):
         with pytest.raises(ValueError, match=f"{option}='{value}' is for method 'caption_prompts'"):
-            run(RunConfig(**world, method="tpt", **{option: value}))
+            run({**world, "method": "tpt", option: value})
     with pytest.raises(ValueError, match="unknown repairs"):
-        run(RunConfig(**world, method="caption_prompts", repairs="spam"))
+        run({**world, "method": "caption_prompts", "repairs": "spam"})
+    with pytest.raises(ValueError, match="unknown captioner"):
+        run({**world, "method": "caption_prompts", "captioner": "gpt"})
+    with pytest.raises(ValueError, match="unknown repairs"):
+        caption_prompts.Options(repairs="spam")
+
+
+def test_defaults_are_filled_in():
+    fill, options = caption_prompts.METHOD.resolve, caption_prompts.Options("suffix, span")
+    assert fill(options, RunConfig(model="mini")) == caption_prompts.Options("span+suffix", "clip")
+    assert fill(options, RunConfig(model="RN50")).captioner == "vit-gpt2"
+
+
+def test_captioner_of_a_data_set(mini, tmp_path):
+    data = datasets.load("iconshift", n=4)
+    assert isinstance(caption_prompts.make_captioner("clip", mini, data), ClipCaptioner)
+    writer = caption_prompts.make_captioner("vit-gpt2", mini, data, tmp_path)
+    assert writer.cache.parent == tmp_path / "captions" and data.name in writer.cache.name
+    assert writer.fetch(data.ids[2]).tobytes() == data[2][0].tobytes()
+    with pytest.raises(ValueError, match="unknown captioner 'gpt'"):
+        caption_prompts.make_captioner("gpt", mini, data)
 
 
 def test_grammar_is_in_miniclips_words():
     """Every word of the caption grammar is one that MiniCLIP's captions use."""
-    sys.path.insert(
-        0, str(caption_prompts.Path(__file__).resolve().parents[2] / "data" / "miniclip")
-    )
+    sys.path.insert(0, str(DATA / "miniclip"))
     try:
         import captions as training
     finally:
         sys.path.pop(0)
     known = set(re.findall(r"\w+", " ".join(training.vocabulary([]))))
-    for words in itertools.product(*caption_prompts.SLOTS.values()):
-        text = caption_prompts.sentence("", **dict(zip(caption_prompts.SLOTS, words, strict=True)))
+    for words in itertools.product(*SLOTS.values()):
+        text = sentence("", **dict(zip(SLOTS, words, strict=True)))
         assert set(re.findall(r"\w+", text)) <= known

@@ -44,7 +44,7 @@ class Options:
     """Files, numbers (those of the authors' code), and switches of the parts."""
 
     descriptions: str = option("", "file {class: [sentences]}; default: IconShift's")
-    database: str = option("", "image database: a folder of build-database, a file")
+    database: str = option("", "image database: a folder that the command database made, or a file")
     transport: str = option("entropic", "how views meet images", choices=TRANSPORTS)
     reg: float = positive(0.1, "of the entropic transport")
     top_k_d: int = at_least(1, 20, "K_D, descriptions that are selected")
@@ -240,7 +240,7 @@ def _prepare(options: Options, setting: Setting) -> Prepared:
     if not (embedded or (options.descriptions and options.database)):
         raise ValueError(
             f"ra_tta on {dataset.name!r} needs descriptions=FILE ({{class: [sentences]}}) and "
-            "database=FOLDER (python -m tpt_nb build-database); only IconShift has its own."
+            "database=FOLDER (python -m tpt_nb database); only IconShift has its own."
         )
     lists = read_descriptions(options.descriptions or DESCRIPTIONS, dataset.classnames)
     texts = embed_texts(clip, dataset.classnames, lists)

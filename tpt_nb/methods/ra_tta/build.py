@@ -16,7 +16,7 @@ from tpt_nb.core.files import write_json, write_whole
 from tpt_nb.core.images import EXTENSIONS, as_rgb, read_rgb
 from tpt_nb.core.messages import bar
 from tpt_nb.core.paths import cache_dir
-from tpt_nb.datasets import iconshift
+from tpt_nb.datasets import iconshift, image_files
 from tpt_nb.methods.ra_tta.database import Database, read_database
 from tpt_nb.models import Clip
 from tpt_nb.views import center_view
@@ -25,11 +25,6 @@ FORMAT = 1  # of stored databases
 PART = 512  # images that a killed build may lose
 FIRST = 40_000_000  # of iconshift-train: far from the scenes that MiniCLIP and CoOp learned from
 PER_STYLE = 1820  # 11 styles: 20,020 images, of which one of a style sees the 18,200 of the others
-
-
-def image_files(root: Path) -> list[Path]:  # TODO datasets.image_files
-    paths = root.rglob("*")
-    return [p for p in paths if p.suffix.lower() in EXTENSIONS and p.name[0] != "."]
 
 
 @dataclass(frozen=True)
@@ -88,8 +83,7 @@ def iconshift_pictures(per_style: int = PER_STYLE) -> Pictures:
 
 def folder_pictures(root: str | Path) -> Pictures:
     """All images below a folder, in any arrangement, without labels. ``ValueError`` if none."""
-    root = Path(root)
-    paths = sorted(image_files(root))
+    root, paths = Path(root), image_files(root)
     if not paths:
         raise ValueError(f"there is no image below {root}; known: {', '.join(EXTENSIONS)}")
     sizes = [path.stat().st_size if path.exists() else -1 for path in paths]  # -1: a dead link
@@ -151,12 +145,10 @@ def _write_part(path: Path, pictures: Pictures, rows: range, clip: Clip) -> None
         except Exception as error:  # whatever a decoder raises at a damaged file
             failed.append(f"{pictures.items[i]}: {type(error).__name__}: {error}")
             continue
-        views.append(np.asarray(center_view(image, clip.image_size)))
+        views.append(np.array(center_view(image, clip.image_size)))
         good.append(i)
-    features = np.zeros((0, clip.embed_dim), np.float16)
-    if views:
-        pixels = torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2)
-        features = clip.encode_views(pixels).cpu().numpy().astype(np.float16)
+    pixels = torch.from_numpy(np.array(views, np.uint8).reshape(-1, *[clip.image_size] * 2, 3))
+    features = clip.encode_views(pixels.permute(0, 3, 1, 2)).cpu().numpy().astype(np.float16)
     data = io.BytesIO()
     np.savez(data, rows=np.array(good, int), features=features, failed=np.array(failed, str))
     write_whole(path, data.getvalue())

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tpt_nb.core.paths import DATA
 from tpt_nb.methods.caption_prompts import plain_name, quiet_tokens, with_article
-from tpt_nb.models import TEMPLATES, Clip
+from tpt_nb.models import Clip, template_sentences
 
 DESCRIPTIONS = DATA / "descriptions" / "iconshift.json"
 PRE_TEMPLATE = "a photo of the {}. "  # of ImageNet, V2 and A in the authors' code
@@ -83,15 +83,15 @@ def embed_texts(
 
     Args:
         descriptions: for each class any number of sentences, none too.
-        templates: a key of ``models.TEMPLATES``; they and the descriptions make the classifier (as
-            CuPL: encode, normalise, mean, normalise). For retrieval each description stands behind
-            ``PRE_TEMPLATE``, which alone is the bare name.
+        templates: see ``models.template_sentences``; they and the descriptions make the
+            classifier (as CuPL: encode, normalise, mean, normalise). For retrieval each description
+            stands behind ``PRE_TEMPLATE``, which alone is the bare name.
     """
     if len(descriptions) != len(classnames):
         raise ValueError(f"{len(descriptions)} lists of descriptions, {len(classnames)} classes.")
     names = [plain_name(name) for name in classnames]
     each = list(zip(names, descriptions, strict=True))
-    whole = [[t.format(n) for t in TEMPLATES[templates]] + list(d) for n, d in each]
+    whole = [[t.format(n) for t in template_sentences(templates)] + list(d) for n, d in each]
     single = [[PRE_TEMPLATE.format(n) + s for s in (*d, "")] for n, d in each]
     single = [[s.strip() for s in some] for some in single]
     lists = whole + single
