@@ -1,7 +1,7 @@
 """Write the repository's address into the notebooks and the README.
 
 ``python ci/badges.py --repo OWNER/NAME --ref TAG`` puts a Colab badge at the top of every notebook,
-the one setup that all of them share into their first code cell, and a request for a T4 into their
+the address into the setup that begins their first code cell, and a request for a T4 into their
 metadata. Without ``--repo`` and ``--ref`` it leaves a marked placeholder, which is what the
 repository holds until it has a public address. ``--check`` changes nothing and fails if something
 is not as it would be written. Point badges to a tag: the main branch changes under its readers.
@@ -10,7 +10,6 @@ Outputs are left as they are: run ``bash ci/run --in-place`` behind it.
 """
 
 import argparse
-import ast
 import re
 import sys
 from pathlib import Path
@@ -22,25 +21,17 @@ PLACEHOLDER = ("OWNER/NAME", "TAG")
 COLAB = "https://colab.research.google.com"
 BADGE = re.compile(r"^\[!\[Open in Colab\]\([^)]*\)\]\([^)]*\).*\n*", re.MULTILINE)
 NOTE = " *(placeholder: the repository has no public address yet)*"
-BLOCK = """\
-try:
-    import tpt_nb.lessons.setup
-except ModuleNotFoundError:  # not installed: use the clone around this notebook, or make one
-    folders = [Path.cwd(), *Path.cwd().parents, Path.cwd() / "tpt_nb_clone"]
-    home = next((f for f in folders if (f / "tpt_nb" / "paths.py").is_file()), folders[-1])
-    if not home.is_dir():  # Colab, Kaggle
-        url = "https://github.com/{repo}"{mark}
-        command = ["git", "clone", "--quiet", "--depth=1", "--branch={ref}", url, str(home)]
-        subprocess.run(command, check=True)
-    sys.path.insert(0, str(home))
-    import tpt_nb.lessons.setup
+SETUP = """\
+import importlib.util, os, sys
 
-    tpt_nb.lessons.setup.install()
+sys.path.extend(["..", "../..", "tpt_nb_clone"])  # not installed: the clone around this notebook,
+if not importlib.util.find_spec("tpt_nb"):  # or, if it came alone (Colab, Kaggle), a new one
+    os.system("git clone -qb {ref} --depth=1 https://github.com/{repo} tpt_nb_clone")
+    importlib.invalidate_caches()
 """
-MARK = "  # placeholder: ci/badges.py"
-NEEDS = ("import subprocess", "import sys", "from pathlib import Path")
-READY = "tpt_nb.lessons.setup.ready()  # ready(drive=True): on Colab, keep results on your Drive"
-VERSIONS = re.compile(r"^print\(f\"python \{platform\.python_version.*\)$", re.MULTILINE)
+STAMPED = re.compile(
+    r"\A" + re.escape(SETUP.format(repo="@", ref="@")).replace("@", r"[\w./-]+"), re.ASCII
+)
 GPU = {"accelerator": "GPU", "colab": {"gpuType": "T4", "provenance": [], "toc_visible": True}}
 
 
@@ -52,62 +43,18 @@ def badge(path: str, repo: str, ref: str) -> str:
 
 
 def setup_cell(source: str, repo: str, ref: str) -> str:
-    """A notebook's first code cell with the shared setup at its top.
+    """A notebook's first code cell with the address in it; its imports and ``start`` stay.
 
-    The cell's own imports stay: those of the standard library above the setup, the others, which
-    may have to be installed, below it. Raises ``ValueError`` if the cell has no setup to replace.
+    Raises ``ValueError`` if it does not begin with the lines that all notebooks share.
     """
-    tree = ast.parse(source)
-    lines = source.splitlines()
-    blocks = [node for node in tree.body if isinstance(node, ast.Try) and _is_setup(node)]
-    if len(blocks) != 1:
-        raise ValueError(f"the first code cell has {len(blocks)} blocks 'try: import tpt_nb'")
-    ready = any(line.startswith("tpt_nb.lessons.setup.ready(") for line in lines)
-    keep_platform = source.count("platform.") > len(VERSIONS.findall(source))
-    standard, others, rest = set(NEEDS), [], []
-    for node in tree.body:
-        text = "\n".join(lines[node.lineno - 1 : node.end_lineno])
-        if node is blocks[0]:
-            continue
-        if isinstance(node, ast.Import | ast.ImportFrom) and _standard(node):
-            if text != "import platform" or keep_platform:
-                standard.add(text)
-        elif isinstance(node, ast.Import | ast.ImportFrom) and not rest:
-            others.append(text)
-        elif VERSIONS.fullmatch(text):
-            rest.append(READY)
-            ready = True
-        else:
-            rest.append(text)
-    if not ready:
-        rest.append(READY)
-    mark = MARK if (repo, ref) == PLACEHOLDER else ""
-    block = BLOCK.format(repo=repo, ref=ref, mark=mark)
-    own = [text for text in others if "tpt_nb" in text.split()[1]]
-    foreign = [text for text in others if text not in own]
-    groups = [sorted(standard, key=_import_order), [block.rstrip()], foreign, own, rest]
-    return "\n\n".join("\n".join(group) for group in groups if group)
-
-
-def _is_setup(node: ast.Try) -> bool:
-    first = node.body[0]
-    return isinstance(first, ast.Import) and first.names[0].name.split(".")[0] == "tpt_nb"
-
-
-def _standard(node: ast.Import | ast.ImportFrom) -> bool:
-    name = node.names[0].name if isinstance(node, ast.Import) else node.module or ""
-    return name.split(".")[0] in sys.stdlib_module_names
-
-
-def _import_order(text: str) -> tuple[bool, str]:
-    return text.startswith("from "), text  # as ruff sorts them
+    source, found = STAMPED.subn(lambda _: SETUP.format(repo=repo, ref=ref), source)
+    if not found:
+        raise ValueError("the first code cell does not begin with ci/badges.py's SETUP")
+    return source
 
 
 def stamp(notebook: nbformat.NotebookNode, path: str, repo: str, ref: str) -> None:
-    """Badge, setup and metadata of one notebook, in place.
-
-    Raises ``ValueError`` if it has no heading or no setup.
-    """
+    """Badge, address and metadata of one notebook, in place; ``ValueError`` if it has no place."""
     first = notebook.cells[0]
     if first.cell_type != "markdown" or not first.source.startswith("# "):
         raise ValueError("the first cell is not a heading")

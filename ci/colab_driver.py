@@ -35,7 +35,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 def repository(args: argparse.Namespace) -> Path:
     """The clone that this file is in, or a new one."""
     here = Path(__file__).resolve().parent.parent
-    if (here / "tpt_nb" / "paths.py").is_file():
+    if (here / "tpt_nb" / "__main__.py").is_file():
         return here
     clone = args.work / "tpt_nb_clone"
     if not clone.is_dir():

@@ -15,11 +15,12 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import nbformat
+from badges import STAMPED
 from nbformat import NotebookNode
 from notebook_format import problems
 
 REPO = Path(__file__).resolve().parent.parent
-CELL, SETUP, ROW = 50, 32, 60  # lines of code: of any cell, of the setup, of two cells in a row
+CELL, SETUP, ROW = 50, 8, 60  # lines of code: of any cell, of the setup, of two cells in a row
 LONG = 15  # a cell longer than this counts for ROW
 EXERCISES = range(4, 9)
 LAST = ("Limits", "Conclusion", "References")  # the last sections, in this order
@@ -49,23 +50,13 @@ def main(argv: list[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     paths = args.notebooks or sorted((REPO / "notebooks").glob("[0-9][0-9]_*.ipynb"))
-    seconds = {}
-    if args.times:
-        ran = json.loads(args.times.read_text())["notebooks"]
-        seconds = {entry["name"]: entry["seconds"] for entry in ran if entry["passed"]}
-    found = [
-        f"{path.name}: {text}"
-        for path in paths
-        for text in lint(path, seconds.get(path.stem), known_sources())
-    ]
+    ran = json.loads(args.times.read_text())["notebooks"] if args.times else []
+    seconds = {entry["name"]: entry["seconds"] for entry in ran if entry["passed"]}
+    bib = (REPO / "notebooks" / "references.bib").read_text(encoding="utf-8")
+    sources = set(re.findall(r"^\s*eprint\s*=\s*\{([\d.]+)\}", bib, re.MULTILINE))
+    found = [f"{p.name}: {text}" for p in paths for text in lint(p, seconds.get(p.stem), sources)]
     print("\n".join(found) if found else f"{len(paths)} notebooks: nothing to complain about")
     return 1 if found else 0
-
-
-def known_sources() -> set[str]:
-    """The arXiv numbers in the bibliography."""
-    text = (REPO / "notebooks" / "references.bib").read_text(encoding="utf-8")
-    return set(re.findall(r"^\s*eprint\s*=\s*\{([\d.]+)\}", text, re.MULTILINE))
 
 
 def lint(path: Path, seconds: float | None, sources: set[str]) -> list[str]:
@@ -83,21 +74,19 @@ def lint(path: Path, seconds: float | None, sources: set[str]) -> list[str]:
     if len(counts) > 3:  # not executed, or in another order: one line says it
         found = [text for text in found if text not in counts]
         found.append(f"{counts[0]}, and {len(counts) - 1} more: run bash ci/run --in-place")
-    found += header(notebook, number, seconds)
-    found += order(notebook)
-    found += parameters(notebook)
-    found += lengths(notebook)
-    found += exercises(notebook, number)
-    found += links(notebook, path.parent, sources)
-    return found
+    rules = (order, parameters, lengths)
+    found += [
+        *header(notebook, number, seconds),
+        *(text for rule in rules for text in rule(notebook)),
+    ]
+    return [*found, *exercises(notebook, number), *links(notebook, path.parent, sources)]
 
 
 def header(notebook: NotebookNode, number: str, seconds: float | None = None) -> Iterator[str]:
     """The title and the minutes."""
-    markdown = [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
-    titles = [text for source in markdown for level, text in headings(source) if level == 1]
-    if len(titles) != 1:
-        yield f"{len(titles)} headings of the first level, not one"
+    titles = len(headings(notebook, 1))
+    if titles != 1:
+        yield f"{titles} headings of the first level, not one"
     first = notebook.cells[0]
     if first.cell_type != "markdown" or not first.source.startswith(f"# {number} · "):
         yield f"the first cell does not begin with '# {number} · title'"
@@ -122,30 +111,25 @@ def minutes_to_run(text: str) -> float | None:
     return None
 
 
-def headings(source: str) -> list[tuple[int, str]]:
-    """(level, text) of the headings outside of code blocks."""
-    plain = re.sub(r"^```.*?^```", "", source, flags=re.MULTILINE | re.DOTALL)
-    return [(len(marks), text) for marks, text in HEADING.findall(plain)]
+def headings(notebook: NotebookNode, level: int) -> list[str]:
+    """The headings of a level, outside of code blocks."""
+    texts = [cell.source for cell in notebook.cells if cell.cell_type == "markdown"]
+    plain = re.sub(r"^```.*?^```", "", "\n\n".join(texts), flags=re.MULTILINE | re.DOTALL)
+    return [text for marks, text in HEADING.findall(plain) if len(marks) == level]
 
 
 def order(notebook: NotebookNode) -> Iterator[str]:
     """Setup, parameters, body, and the last sections."""
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    if not code or "import tpt_nb" not in code[0].source:
-        yield "the first code cell is not the setup (import tpt_nb)"
+    if not code or not STAMPED.match(code[0].source) or "\nsetup.start(" not in code[0].source:
+        yield "the first code cell is not the setup (that of ci/badges.py, then setup.start)"
     elif length(code[0]) > SETUP:
         yield f"the setup has {length(code[0])} lines, more than {SETUP}"
     if len(code) < 2 or "parameters" not in code[1].metadata.get("tags", []):
         yield "the second code cell is not tagged 'parameters'"
-    texts = [
-        text
-        for cell in notebook.cells
-        if cell.cell_type == "markdown"
-        for level, text in headings(cell.source)
-        if level == 2
-    ]
-    if tuple(texts[-len(LAST) :]) != LAST:
-        yield f"the last sections are not {', '.join(LAST)}, but {', '.join(texts[-len(LAST) :])}"
+    sections = headings(notebook, 2)[-len(LAST) :]
+    if tuple(sections) != LAST:
+        yield f"the last sections are not {', '.join(LAST)}, but {', '.join(sections)}"
     last = notebook.cells[-1]
     if "CC BY 4.0" not in last.source or "MIT" not in last.source:
         yield "the last cell does not name the licences of text and code"
@@ -153,27 +137,25 @@ def order(notebook: NotebookNode) -> Iterator[str]:
 
 def parameters(notebook: NotebookNode) -> Iterator[str]:
     """papermill reads the parameters line by line: name, type, literal, comment."""
-    for cell in notebook.cells:
-        if "parameters" not in cell.metadata.get("tags", []):
+    tagged = [c.source for c in notebook.cells if "parameters" in c.metadata.get("tags", [])]
+    for line in "\n".join(tagged).split("\n"):
+        code, _, comment = line.partition("#")
+        where = f"parameter {code.strip()!r}"
+        if not code.strip():
             continue
-        for line in filter(str.strip, cell.source.split("\n")):
-            if line.lstrip().startswith("#"):
-                continue
-            shown = line.split("#")[0].strip()
-            if line.count("=") > 1:
-                yield f"parameter {shown!r}: papermill cannot read a line with a second '='"
-                continue
-            try:
-                statement = ast.parse(line.strip()).body[0]
-                ast.literal_eval(statement.value)
-                typed = isinstance(statement, ast.AnnAssign)
-            except (SyntaxError, ValueError, AttributeError, IndexError):
-                yield f"parameter {shown!r} is not 'name: type = literal'"
-                continue
-            if not typed:
-                yield f"parameter {shown!r} has no type"
-            if "#" not in line:
-                yield f"parameter {shown!r} has no comment that explains it"
+        if line.count("=") > 1:
+            yield f"{where}: papermill cannot read a line with a second '='"
+            continue
+        try:
+            statement = ast.parse(line.strip()).body[0]
+            ast.literal_eval(statement.value)
+        except (SyntaxError, ValueError, AttributeError, IndexError):
+            yield f"{where} is not 'name: type = literal'"
+            continue
+        if not isinstance(statement, ast.AnnAssign):
+            yield f"{where} has no type"
+        if not comment:
+            yield f"{where} has no comment that explains it"
 
 
 def length(cell: NotebookNode) -> int:
@@ -205,11 +187,9 @@ def lengths(notebook: NotebookNode) -> Iterator[str]:
 
 def exercises(notebook: NotebookNode, number: str) -> Iterator[str]:
     """Four to eight, numbered, each with what a student needs."""
-    cells = notebook.cells
+    cells = [cell for cell in notebook.cells if not is_hidden(cell)]
     at = [
-        i
-        for i, cell in enumerate(cells)
-        if cell.cell_type == "code" and "q" in cell.metadata.get("tpt", {}) and not is_hidden(cell)
+        i for i, c in enumerate(cells) if c.cell_type == "code" and "q" in c.metadata.get("tpt", {})
     ]
     if len(at) not in EXERCISES:
         yield f"{len(at)} exercises, not {EXERCISES[0]} to {EXERCISES[-1]}"
@@ -228,10 +208,10 @@ def exercises(notebook: NotebookNode, number: str) -> Iterator[str]:
             yield f"{where}: the stub has no docstring (what comes in and out, with shapes)"
         if "check." not in source[end:]:
             yield f"{where}: no check in the same cell"
-        text = cells[i - 1].source if i and cells[i - 1].cell_type == "markdown" else ""
+        text = cells[i - 1].source if cells[i - 1].cell_type == "markdown" else ""
         if q not in EXERCISE.findall(text):
             yield f"{where}: above it must stand '**Exercise {q} · title** · difficulty ●○○ · ...'"
-        after = next((c.source for c in cells[i + 1 :] if not is_hidden(c)), "")
+        after = cells[i + 1].source if i + 1 < len(cells) else ""
         after = "" if EXERCISE.search(after) else after  # that hint is for the next one
         if not any("<details>" in t and "Hint" in t for t in (text, after)):
             yield f"{where}: no folded hint (<details><summary>Hint</summary>)"
@@ -244,8 +224,7 @@ def links(notebook: NotebookNode, folder: Path, sources: set[str]) -> Iterator[s
             continue
         text = re.sub(r"`[^`]*`|\$\$.*?\$\$|\$[^$\n]*\$", "", cell.source, flags=re.DOTALL)
         for label, target, rest in LINK.findall(text):
-            problem = bad_link(label, target, rest, folder)
-            if problem:
+            if problem := bad_link(label, target, rest, folder):
                 yield f"cell {i}: link [{label}]({target}{rest}): {problem}"
         for paper in ARXIV.findall(cell.source):
             if paper not in sources:

@@ -12,6 +12,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 REPO = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPO / "ci"))
 
+import badges  # noqa: E402
 import lint_notebooks  # noqa: E402
 
 PICTURE = {"image/png": "aGVsbG8=", "text/plain": "a figure"}
@@ -39,7 +40,9 @@ def good() -> nbformat.NotebookNode:
     text, code = new_markdown_cell, new_code_cell
     cells = [
         text("# 91 · A lesson\n\n*Run: about two minutes. Read: 5 minutes.*"),
-        code("import tpt_nb\nfrom tpt_nb import check"),
+        code(
+            f"{badges.SETUP.format(repo='us/tta', ref='v1')}from tpt_nb.lessons import check, setup\n\nsetup.start()"
+        ),
         code("n: int = 3  # how many", metadata={"tags": ["parameters"]}),
         text("## 1. Body\n\nSee [CLIP](https://arxiv.org/abs/2103.00020) and [it](sub/x.png)."),
         code("1 + 1"),
@@ -159,8 +162,9 @@ BROKEN = {
     "computed": (replace(2, "= 3", "= 3 * k"), "is not 'name: type = literal'"),
     "no_type": (replace(2, "n: int", "n"), "has no type"),
     "unexplained": (replace(2, "  # how many", ""), "has no comment"),
-    "setup": (replace(1, "import tpt_nb", "import numpy"), "is not the setup"),
-    "long_setup": (replace(1, "import tpt_nb", f"{lines(40)}\nimport tpt_nb"), "setup has 42"),
+    "setup": (replace(1, "import importlib.util", "import numpy"), "is not the setup"),
+    "start": (replace(1, "setup.start()", ""), "is not the setup"),
+    "long_setup": (replace(1, "setup.start()", f"setup.start()\n{lines(3)}"), "setup has 10"),
     "title": (replace(0, "# 91 · A", "# A"), "does not begin with '# 91 · title'"),
     "two_titles": (replace(3, "## 1.", "# 1."), "2 headings of the first level"),
     "no_minutes": (replace(0, "Run: about two minutes. ", ""), "how long it runs"),
