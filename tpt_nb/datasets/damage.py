@@ -14,11 +14,10 @@ import numpy as np
 from PIL import Image, ImageFilter, ImageOps
 
 from tpt_nb.core.images import as_rgb, view_seed
+from tpt_nb.core.messages import unknown
 from tpt_nb.datasets.dataset import Dataset
 
 VERSION = 1  # raise it when the pixels change
-
-
 SEVERITIES = (1, 2, 3, 4, 5)
 
 
@@ -100,6 +99,6 @@ def corrupted(dataset: Dataset, kind: str, severity: int) -> Dataset:
 
 def _check(kind: str, severity: int) -> None:
     if kind not in CORRUPTIONS:
-        raise ValueError(f"unknown corruption {kind!r}; known: {', '.join(CORRUPTIONS)}.")
+        raise ValueError(unknown("corruption", kind, CORRUPTIONS))
     if severity not in SEVERITIES:
         raise ValueError(f"severity is {severity!r}; it must be a whole number from 1 to 5.")

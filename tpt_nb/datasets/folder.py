@@ -46,19 +46,8 @@ def load_folder(
         OSError: a remote root cannot be listed.
     """
     remote = Remote(str(root).rstrip("/")) if is_remote(root) else None
-    if remote:
-        listing = [(path, size) for path, size in remote.files() if not hidden(path)]
-        folders = sorted({path.split("/")[0] for path, _ in listing if "/" in path})
-        loose = [path for path, _ in listing if "/" not in path]
-        found = [(path, size) for path, size in listing if is_image(path)]
-        notes = others([path for path, _ in listing])
-    else:
-        root = Path(root)
-        folders = class_folders(root)
-        loose = [path.name for path in root.iterdir() if path.is_file()]
-        paths, notes = walk(root)
-        found = [(printable(path.relative_to(root).as_posix()), path) for path in paths]
-    images = sorted(name for name in loose if is_image(name) and not name.startswith("."))
+    folders, loose, found, notes = _far(remote) if remote else _here(root := Path(root))
+    images = [name for name in loose if is_image(name)]
     if not folders:
         had = f"{len(images)} images but no class folder" if images else "no class folder"
         raise ValueError(f"{root} has {had}; expected images in {root}/<class name>/")
@@ -79,6 +68,24 @@ def load_folder(
     if remote:
         return from_remote(remote, names, items, note)
     return from_files(printable(root.resolve().name), names, items, note)
+
+
+def _here(root: Path) -> tuple[list, list, list, list]:
+    """Class folders, names of files beside them, (id, path) of the images, notes."""
+    folders = class_folders(root)
+    loose = sorted(p.name for p in root.iterdir() if p.is_file() and not hidden(p.name))
+    paths, notes = walk(root)
+    found = [(printable(path.relative_to(root).as_posix()), path) for path in paths]
+    return folders, loose, found, notes
+
+
+def _far(remote: Remote) -> tuple[list, list, list, list]:
+    """The same at an address, with sizes in place of paths."""
+    listing = [(path, size) for path, size in remote.files() if not hidden(path)]
+    folders = sorted({path.split("/")[0] for path, _ in listing if "/" in path})
+    loose = [path for path, _ in listing if "/" not in path]
+    found = [(path, size) for path, size in listing if is_image(path)]
+    return folders, loose, found, others([path for path, _ in listing])
 
 
 def class_folders(root: Path) -> list[str]:

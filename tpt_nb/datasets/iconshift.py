@@ -11,15 +11,18 @@ in clutter, for choosing learning rates) and ``iconshift-train`` (what MiniCLIP 
 complete them.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
+from tpt_nb.core.messages import unknown
 from tpt_nb.core.paths import DATA
 
 SIDE = 224  # pixels of a scene
@@ -65,29 +68,27 @@ VARIANTS = {
 FILES = "f8fef41b507c01a3"  # of the sheets and tables that the versions are of
 
 
-def _rebuild_hint(path: Path, why: str) -> str:
-    return f"{path}: {why}. Rebuild it with: python data/iconshift/build.py"
+@contextlib.contextmanager
+def _shipped(name: str) -> Iterator[Path]:
+    """The path of a file; errors in reading it say which file it is and what to do."""
+    path = DATA / "iconshift" / name
+    remedy = "Rebuild it with: python data/iconshift/build.py"
+    try:
+        yield path
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: missing. {remedy}") from None
+    except (OSError, ValueError) as error:
+        raise OSError(f"{path}: damaged ({error}). {remedy}") from None
 
 
 def _open(name: str, mode: str) -> Image.Image:
-    path = DATA / "iconshift" / name
-    try:
-        with Image.open(path) as image:
-            return image.convert(mode)
-    except FileNotFoundError:
-        raise FileNotFoundError(_rebuild_hint(path, "missing")) from None
-    except OSError as error:
-        raise OSError(_rebuild_hint(path, f"damaged ({error})")) from None
+    with _shipped(name) as path, Image.open(path) as image:
+        return image.convert(mode)
 
 
 def _json(name: str) -> dict:
-    path = DATA / "iconshift" / name
-    try:
+    with _shipped(name) as path:
         return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise FileNotFoundError(_rebuild_hint(path, "missing")) from None
-    except ValueError as error:
-        raise OSError(_rebuild_hint(path, f"damaged ({error})")) from None
 
 
 @functools.cache
@@ -106,11 +107,8 @@ def styles() -> dict[str, dict]:
 def sprites(style: str) -> list[Image.Image]:
     """The sprites of one style, 96 px RGBA, indexed by class (empty where the style has none)."""
     sheet = _open(f"{style}.png", "RGBA")
-    cells = []
-    for i in range(len(classnames())):
-        left, top = i % COLUMNS * CELL, i // COLUMNS * CELL
-        cells.append(sheet.crop((left, top, left + CELL, top + CELL)))
-    return cells
+    corners = [(i % COLUMNS * CELL, i // COLUMNS * CELL) for i in range(len(classnames()))]
+    return [sheet.crop((x, y, x + CELL, y + CELL)) for x, y in corners]
 
 
 @functools.cache
@@ -143,7 +141,7 @@ def spec(variant: str, index: int) -> dict:
     Raises ValueError for an unknown variant.
     """
     if variant not in VARIANTS:
-        raise ValueError(f"unknown IconShift variant {variant!r}; known: {', '.join(VARIANTS)}")
+        raise ValueError(unknown("IconShift variant", variant, VARIANTS))
     v = VARIANTS[variant]
     draw = generator(f"{variant}/{index}").random  # raw doubles only: stable across NumPy versions
     target = index % len(classnames())
