@@ -25,29 +25,20 @@ LONG = 15  # a cell longer than this counts for ROW
 EXERCISES = range(4, 9)
 LAST = ("Limits", "Conclusion", "References")  # the last sections, in this order
 HEADING = re.compile(r"^(#{1,6}) +(.+?)\s*$", re.MULTILINE)
-EXERCISE = re.compile(
-    r"^\*\*Exercise (\d\d\.\d+) · [^*]+\*\*"
-    r" · difficulty [●○]{3} · importance [●○]{3} · \d+ minutes$",
-    re.MULTILINE,
-)
+LEVELS = r" · difficulty [●○]{3} · importance [●○]{3} · \d+ minutes$"
+EXERCISE = re.compile(rf"^\*\*Exercise (\d\d\.\d+) · [^*]+\*\*{LEVELS}", re.MULTILINE)
 LINK = re.compile(r"!?\[([^\]]*)\]\(([^()\s]*(?:\([^()\s]*\)[^()\s]*)*)([^)]*)\)")
 ARXIV = re.compile(r"arxiv\.org/abs/(\d{4}\.\d{4,5})", re.IGNORECASE)
 WORDS = {"half a": 0.5, "a": 1, "one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "ten": 10}
-NUMBER = r"\d+(?:\.\d+)?"
-TIME = re.compile(
-    rf"\b({'|'.join(sorted(WORDS, key=len, reverse=True))}|{NUMBER})\s+"
-    r"(minute|second)s?\b(\s+and\s+a\s+half)?",
-    re.IGNORECASE,
-)
+COUNT = "|".join([*sorted(WORDS, key=len, reverse=True), r"\d+(?:\.\d+)?"])
+TIME = re.compile(rf"\b({COUNT})\s+(minute|second)s?\b(\s+and\s+a\s+half)?", re.IGNORECASE)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Print what is wrong with the notebooks; 1 if something is."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("notebooks", nargs="*", type=Path, help="default: all in notebooks/")
-    parser.add_argument(
-        "--times", type=Path, metavar="JSON", help="results.json of bash ci/run: compare minutes"
-    )
+    parser.add_argument("--times", type=Path, help="results.json of bash ci/run: compare minutes")
     args = parser.parse_args(argv)
     paths = args.notebooks or sorted((REPO / "notebooks").glob("[0-9][0-9]_*.ipynb"))
     ran = json.loads(args.times.read_text())["notebooks"] if args.times else []
@@ -62,24 +53,18 @@ def main(argv: list[str] | None = None) -> int:
 def lint(path: Path, seconds: float | None, sources: set[str]) -> list[str]:
     """What is wrong with a notebook, one line each.
 
-    Args:
-        path: of the notebook.
-        seconds: that its last run took, if known.
-        sources: arXiv numbers that the bibliography has.
+    ``seconds`` its last run took, if known; ``sources`` are the bibliography's arXiv numbers.
     """
     notebook = nbformat.read(path, as_version=4)
-    number = path.name[:2]
     found = problems(notebook, path.stat().st_size)
     counts = [text for text in found if ": execution count " in text]
     if len(counts) > 3:  # not executed, or in another order: one line says it
         found = [text for text in found if text not in counts]
         found.append(f"{counts[0]}, and {len(counts) - 1} more: run bash ci/run --in-place")
-    rules = (order, parameters, lengths)
-    found += [
-        *header(notebook, number, seconds),
-        *(text for rule in rules for text in rule(notebook)),
-    ]
-    return [*found, *exercises(notebook, number), *links(notebook, path.parent, sources)]
+    found += header(notebook, path.name[:2], seconds)
+    for rule in (order, parameters, lengths):
+        found += rule(notebook)
+    return [*found, *exercises(notebook, path.name[:2]), *links(notebook, path.parent, sources)]
 
 
 def header(notebook: NotebookNode, number: str, seconds: float | None = None) -> Iterator[str]:
@@ -174,10 +159,7 @@ def lengths(notebook: NotebookNode) -> Iterator[str]:
     for i, cell in enumerate(notebook.cells, 1):
         if is_hidden(cell):
             continue
-        if cell.cell_type != "code":
-            before = 0
-            continue
-        here = length(cell)
+        here = length(cell) if cell.cell_type == "code" else 0
         if here > CELL:
             yield f"cell {i} has {here} lines of code, more than {CELL}"
         elif min(here, before) > LONG and here + before > ROW:
@@ -188,17 +170,15 @@ def lengths(notebook: NotebookNode) -> Iterator[str]:
 def exercises(notebook: NotebookNode, number: str) -> Iterator[str]:
     """Four to eight, numbered, each with what a student needs."""
     cells = [cell for cell in notebook.cells if not is_hidden(cell)]
-    at = [
-        i for i, c in enumerate(cells) if c.cell_type == "code" and "q" in c.metadata.get("tpt", {})
-    ]
+    code = [cell.metadata.get("tpt", {}) if cell.cell_type == "code" else {} for cell in cells]
+    at = [i for i, tpt in enumerate(code) if "q" in tpt]
     if len(at) not in EXERCISES:
         yield f"{len(at)} exercises, not {EXERCISES[0]} to {EXERCISES[-1]}"
     for count, i in enumerate(at, 1):
-        q, source = cells[i].metadata.tpt.q, cells[i].source
-        where = f"exercise {q}"
+        q, source, where = code[i].q, cells[i].source, f"exercise {code[i].q}"
         if q != f"{number}.{count}":
             yield f"{where} stands in the place of {number}.{count}"
-        if not isinstance(cells[i].metadata.tpt.get("points"), int | float):
+        if not isinstance(code[i].get("points"), int | float):
             yield f"{where} has no points"
         start, end = source.find("# BEGIN SOLUTION"), source.find("# END SOLUTION")
         if not 0 <= start < end:

@@ -15,6 +15,8 @@ sys.path.insert(0, str(REPO / "ci"))
 import badges  # noqa: E402
 import lint_notebooks  # noqa: E402
 
+SETUP = badges.SETUP.format(repo="us/tta", ref="v1")
+SETUP += "from tpt_nb.lessons import check, setup\n\nsetup.start()"
 PICTURE = {"image/png": "aGVsbG8=", "text/plain": "a figure"}
 EXERCISE = """\
 **Exercise 91.{k} · a sum** · difficulty ●○○ · importance ●●○ · 5 minutes
@@ -40,9 +42,7 @@ def good() -> nbformat.NotebookNode:
     text, code = new_markdown_cell, new_code_cell
     cells = [
         text("# 91 · A lesson\n\n*Run: about two minutes. Read: 5 minutes.*"),
-        code(
-            f"{badges.SETUP.format(repo='us/tta', ref='v1')}from tpt_nb.lessons import check, setup\n\nsetup.start()"
-        ),
+        code(SETUP),
         code("n: int = 3  # how many", metadata={"tags": ["parameters"]}),
         text("## 1. Body\n\nSee [CLIP](https://arxiv.org/abs/2103.00020) and [it](sub/x.png)."),
         code("1 + 1"),
