@@ -3,7 +3,7 @@
     python -m tpt_nb generate --dataset iconshift-a --reduced_size 100
     python data/diffusion/ship.py iconshift-a 100
 
-The archive's name has a hash of the data set, the weights and the settings; remove the old one.
+The archive's name has a hash of the data set, the weights and the settings; remove older ones.
 """
 
 import argparse
@@ -40,6 +40,8 @@ def main() -> None:
     images = datasets.load(args.dataset, n=args.n)
     generator = difftpt.load_generator("mini")
     pictures = difftpt.pictures_of(images, generator)
+    if pictures.archive.is_file():
+        raise SystemExit(f"{pictures.archive.name} is there already; remove it to pack it anew.")
     pictures.check(images.ids, generator.usual)
     print(ship(pictures, images.ids))
 

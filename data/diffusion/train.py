@@ -25,6 +25,7 @@ of some hours would be; the network (network.json) could then be wider, and 64 p
 """
 
 import argparse
+import io
 import json
 import math
 import sys
@@ -35,13 +36,14 @@ import numpy as np
 import torch
 import torchvision.transforms.v2.functional as TF
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
 
 from tpt_nb import models  # noqa: E402
+from tpt_nb.core.files import write_whole  # noqa: E402
 from tpt_nb.datasets import iconshift  # noqa: E402
 from tpt_nb.methods import difftpt  # noqa: E402
 
@@ -98,9 +100,7 @@ def make_bank(path: Path, first: int, scenes: int) -> dict[str, torch.Tensor]:
         seen.append(mini.encode_views(views).unflatten(0, (-1, 3)))
         made.append(torch.stack([p[1] for p in parts]))
     bank = {"made": torch.cat(made), "seen": torch.cat(seen)}
-    temporary = path.with_suffix(".tmp")
-    save_file(bank, temporary)
-    temporary.replace(path)
+    write_whole(path, save(bank))
     return bank
 
 
@@ -162,6 +162,92 @@ def sheet(network, bank, center, spread, path: Path, rows: int = 8) -> None:
 # --- the run -------------------------------------------------------------------------------------
 
 
+class Training:
+    """Network, moving average and optimiser: one step, and what is written of them."""
+
+    def __init__(self, args: argparse.Namespace, device: str) -> None:
+        self.args, self.device = args, device
+        bank = make_bank(args.out / f"bank-{args.scenes}.safetensors", FIRST, args.scenes)
+        self.bank = bank
+        self.test = make_bank(args.out / "bank-held-out.safetensors", HELD_OUT, 1000)
+        moments = (f(bank["seen"], (0, 1)).half().float() for f in (torch.mean, torch.std))
+        self.center, self.spread = moments
+        self.alphas = difftpt.build_schedule().alphas_cumprod
+        torch.manual_seed(args.seed)
+        network = difftpt.Network()
+        with torch.no_grad():  # what has not taken part yet is not heard
+            network.unet.conv_in.weight[:, 12:] = 0
+        self.average = difftpt.Network().eval().requires_grad_(False)
+        self.average.load_state_dict(network.state_dict())
+        self.network = network.to(device).train()
+        decay = [p for p in network.parameters() if p.ndim > 1]
+        rest = [p for p in network.parameters() if p.ndim <= 1]
+        groups = [{"params": decay, "weight_decay": 0.01}, {"params": rest, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.99))
+        self.parts = {"network": network, "average": self.average, "optimizer": self.optimizer}
+
+    def batch(self, step: int) -> tuple[torch.Tensor, ...]:
+        """Images, conditions, timesteps and noise of a step; they depend on (seed, step) only."""
+        size = self.args.batch
+        rng = np.random.default_rng([self.args.seed, step])
+        draw = torch.Generator().manual_seed(int(rng.integers(2**62)))
+        images, seen = pairs(self.bank, size, rng)
+        condition = (seen - self.center) / self.spread
+        condition[torch.from_numpy(rng.random(size) < DROP)] = 0
+        # one timestep in each of B equal parts of the schedule: less noise in the loss
+        t = torch.arange(size) + torch.rand(size, generator=draw)
+        noise = torch.randn(images.shape, generator=draw)
+        return images, condition, (t / size * 1000).long(), noise
+
+    def step(self, step: int) -> float:
+        """One step of the optimiser and of the average; returns the loss."""
+        images, condition, t, noise = (x.to(self.device) for x in self.batch(step))
+        self.network.share = self.average.share = float(step >= self.args.map_from)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.args.lr * schedule_of(step, self.args.steps)
+        with torch.autocast(self.device, torch.bfloat16):
+            alphas = self.alphas.to(self.device)
+            loss = loss_of(self.network, alphas, images, condition, t, noise)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
+        self.optimizer.step()
+        keep = min(DECAY, (step + 1) / (step + 10))
+        with torch.no_grad():
+            both = zip(self.average.parameters(), self.network.parameters(), strict=True)
+            for mean, now in both:
+                mean.lerp_(now.to(mean.device), 1 - keep)
+        return loss.item()
+
+    def resume(self, path: Path) -> tuple[int, float]:
+        """(steps, seconds) of a checkpoint, which is loaded; (0, 0) if there is none."""
+        if not path.exists():
+            return 0, 0.0
+        saved = torch.load(path, weights_only=True)
+        for name, part in self.parts.items():
+            part.load_state_dict(saved[name])
+        print(f"resumed at step {saved['step']} of {self.args.steps}", flush=True)
+        return saved["step"], saved["seconds"]
+
+    def save(self, path: Path, done: int, seconds: float, loss: float) -> None:
+        """A line of the log, the checkpoint, the weights that ship, and a sheet of samples."""
+        known = self.test, self.center, self.spread
+        held_out = held_out_loss(self.average, self.alphas, *known)
+        row = {"step": done, "loss": round(loss, 4), "held_out": round(held_out, 4)}
+        row |= {"seconds": round(seconds)}
+        with (path.parent / "log.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(row, flush=True)
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        written = io.BytesIO()
+        torch.save(state | {"step": done, "seconds": seconds}, written)
+        write_whole(path, written.getvalue())
+        half = {k: v.half().contiguous() for k, v in self.average.state_dict().items()}
+        half |= {"condition.mean": self.center.half(), "condition.std": self.spread.half()}
+        write_whole(path.parent / "generator.safetensors", save(half))
+        sheet(self.average, *known, path.parent / f"sheet-{done:05d}.png")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -175,83 +261,18 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-
-    bank = make_bank(args.out / f"bank-{args.scenes}.safetensors", FIRST, args.scenes)
-    test = make_bank(args.out / "bank-held-out.safetensors", HELD_OUT, 1000)
-    center, spread = (f(bank["seen"], (0, 1)).half().float() for f in (torch.mean, torch.std))
-    alphas = difftpt.build_schedule().alphas_cumprod
-
-    torch.manual_seed(args.seed)
-    network = difftpt.Network()
-    with torch.no_grad():  # what has not taken part yet is not heard
-        network.unet.conv_in.weight[:, 12:] = 0
-    average = difftpt.Network().eval()
-    average.load_state_dict(network.state_dict())
-    network = network.to(device).train()
-    average.requires_grad_(False)
-    decay = [p for p in network.parameters() if p.ndim > 1]
-    rest = [p for p in network.parameters() if p.ndim <= 1]
-    groups = [{"params": decay, "weight_decay": 0.01}, {"params": rest, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.99))
-
-    checkpoint, start, seconds = args.out / "checkpoint.pt", 0, 0.0
-    if checkpoint.exists():
-        saved = torch.load(checkpoint, weights_only=True)
-        network.load_state_dict(saved["network"])
-        average.load_state_dict(saved["average"])
-        optimizer.load_state_dict(saved["optimizer"])
-        start, seconds = saved["step"], saved["seconds"]
-        print(f"resumed at step {start} of {args.steps}", flush=True)
-    running, began = [], time.perf_counter() - seconds
+    training = Training(args, "cuda" if torch.cuda.is_available() else "cpu")
+    checkpoint = args.out / "checkpoint.pt"
+    start, seconds = training.resume(checkpoint)
+    losses, began = [], time.perf_counter() - seconds
     for step in tqdm(range(start, args.steps), initial=start, total=args.steps, mininterval=60):
-        rng = np.random.default_rng([args.seed, step])
-        draw = torch.Generator().manual_seed(int(rng.integers(2**62)))
-        images, seen = pairs(bank, args.batch, rng)
-        condition = (seen - center) / spread
-        condition[torch.from_numpy(rng.random(args.batch) < DROP)] = 0
-        # one timestep in each of B equal parts of the schedule: less noise in the loss
-        t = torch.arange(args.batch) + torch.rand(args.batch, generator=draw)
-        t = (t / args.batch * 1000).long()
-        noise = torch.randn(images.shape, generator=draw)
-        network.share = average.share = float(step >= args.map_from)
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * schedule_of(step, args.steps)
-        with torch.autocast(device, torch.bfloat16):
-            parts = (x.to(device) for x in (images, condition, t, noise))
-            loss = loss_of(network, alphas.to(device), *parts)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.step()
-        keep = min(DECAY, (step + 1) / (step + 10))
-        with torch.no_grad():
-            for mean, now in zip(average.parameters(), network.parameters(), strict=True):
-                mean.lerp_(now.to(mean.device), 1 - keep)
-        running.append(loss.item())
+        losses.append(training.step(step))
         done = step + 1
         if done % 50 == 0:
-            print(f"step {done}: loss {np.mean(running[-50:]):.4f}", flush=True)
+            print(f"step {done}: loss {np.mean(losses[-50:]):.4f}", flush=True)
         if done % 500 == 0 or done == args.steps:
-            row = {
-                "step": done,
-                "loss": round(float(np.mean(running)), 4),
-                "held_out": round(held_out_loss(average, alphas, test, center, spread), 4),
-                "seconds": round(time.perf_counter() - began),
-            }
-            running = []
-            with (args.out / "log.jsonl").open("a") as file:
-                file.write(json.dumps(row) + "\n")
-            print(row, flush=True)
-            state = {"network": network.state_dict(), "average": average.state_dict()}
-            state |= {"optimizer": optimizer.state_dict(), "step": done}
-            temporary = checkpoint.with_suffix(".tmp")
-            torch.save(state | {"seconds": time.perf_counter() - began}, temporary)
-            temporary.replace(checkpoint)
-            half = {k: v.half().contiguous() for k, v in average.state_dict().items()}
-            half |= {"condition.mean": center.half(), "condition.std": spread.half()}
-            save_file(half, args.out / "generator.safetensors")
-            sheet(average, test, center, spread, args.out / f"sheet-{done:05d}.png")
+            training.save(checkpoint, done, time.perf_counter() - began, float(np.mean(losses)))
+            losses = []
 
 
 if __name__ == "__main__":
