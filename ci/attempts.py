@@ -29,7 +29,7 @@ from tpt_nb import (
     models,  # noqa: E402
 )
 from tpt_nb.core.paths import DATA  # noqa: E402
-from tpt_nb.datasets.damage import corrupted  # noqa: E402
+from tpt_nb.datasets import corrupted  # noqa: E402
 from tpt_nb.features import encode  # noqa: E402
 from tpt_nb.losses import entropy  # noqa: E402
 from tpt_nb.models import Prompts  # noqa: E402

@@ -225,7 +225,7 @@ def download(argv: Sequence[str]) -> int:
     from tpt_nb import datasets
 
     name = values.pop("name")[0]
-    print(f"{name} is in {datasets.sources.get(name, values.get('root') or None)}")
+    print(f"{name} is in {datasets.download(name, values.get('root') or None)}")
     return 0
 
 

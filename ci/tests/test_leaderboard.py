@@ -10,8 +10,7 @@ import torch
 
 from tpt_nb import datasets, metrics
 from tpt_nb import methods as adapt
-from tpt_nb.datasets import registry
-from tpt_nb.datasets.damage import CORRUPTIONS, corrupt, corrupted
+from tpt_nb.datasets import CORRUPTIONS, corrupt, corrupted, registry
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import leaderboard
@@ -205,7 +204,7 @@ def test_a_damaged_data_set_is_another_one():
     two = np.asarray(corrupted(clean, "noise", 2)[2][0])
     clean_noise = [np.asarray(noisy[i][0], int) - np.asarray(clean[i][0], int) for i in (1, 2)]
     assert not np.array_equal(*clean_noise) and two.shape == one.shape
-    with pytest.raises(ValueError, match="known: noise"):
+    with pytest.raises(ValueError, match="Known: noise"):
         corrupted(clean, "rain", 1)
     with pytest.raises(ValueError, match="severity"):
         corrupted(clean, "noise", 6)

@@ -19,7 +19,7 @@ from PIL import Image
 from torchvision.transforms.functional import normalize
 
 from tpt_nb import __main__ as cli
-from tpt_nb import models, runs
+from tpt_nb import datasets, models, runs
 from tpt_nb.core import messages
 from tpt_nb.datasets import imagenet_classes
 from tpt_nb.losses import marginal_entropy, select_confident
@@ -263,8 +263,6 @@ def test_full_says_in_one_message_what_is_missing_and_from_where(tmp_path, monke
 
 
 def test_auto_brings_what_it_needs_where_it_may(tmp_path, monkeypatch):
-    from tpt_nb.datasets import sources
-
     asked = []
 
     def get(name):
@@ -278,7 +276,7 @@ def test_auto_brings_what_it_needs_where_it_may(tmp_path, monkeypatch):
     there = []
     monkeypatch.setattr(config_module, "weights_here", lambda model: bool(there))
     monkeypatch.setattr(models, "fetch_weights", lambda model: there.append(model))
-    monkeypatch.setattr(sources, "get", get)
+    monkeypatch.setattr(datasets, "download", get)
     assert runs.choose_profile(RunConfig())[0] == "mini" and not asked and not there
     monkeypatch.setenv("TPT_NB_DOWNLOAD", "1")
     assert runs.choose_profile(RunConfig())[0] == "full"
@@ -290,7 +288,7 @@ def test_auto_brings_what_it_needs_where_it_may(tmp_path, monkeypatch):
         raise OSError("no connection to the server")
 
     monkeypatch.setenv("TPT_NB_DATASETS", str(tmp_path / "empty"))
-    monkeypatch.setattr(sources, "get", refused)
+    monkeypatch.setattr(datasets, "download", refused)
     profile, why = runs.choose_profile(RunConfig())
     assert profile == "mini" and "the images of imagenet-a: no connection to the server" in why
 

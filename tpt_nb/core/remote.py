@@ -85,5 +85,3 @@ class Remote:
     def _kept(self, name: str) -> Path:
         key = hashlib.sha256(self.url.rstrip("/").encode()).hexdigest()[:16]
         return cache_dir() / "remote" / key / name
-
-    _open = open  # of before

@@ -14,8 +14,6 @@ from tpt_nb.datasets.registry import ICONSHIFT, get, load, names, register, temp
 from tpt_nb.datasets.sources import download, how_to_get
 from tpt_nb.datasets.tree import image_files
 
-known = names  # of before
-
 __all__ = [
     "BENCHMARKS",
     "CORRUPTIONS",

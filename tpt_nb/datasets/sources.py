@@ -167,6 +167,3 @@ def download(name: str, root: str | Path | None = None, progress: bool = True) -
             if not keep:
                 archive.unlink(missing_ok=True)
     return folder
-
-
-get = download  # of before

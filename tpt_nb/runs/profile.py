@@ -28,8 +28,8 @@ def resolve(config: RunConfig) -> tuple[RunConfig, str]:
     changed: dict = {"profile": profile}
     changed["dataset"] = dataset if config.dataset == "auto" else config.dataset
     changed["model"] = model if config.model == "auto" else config.model
-    if changed["dataset"] not in datasets.known():
-        raise ValueError(unknown("data set", changed["dataset"], datasets.known()))
+    if changed["dataset"] not in datasets.names():
+        raise ValueError(unknown("data set", changed["dataset"], datasets.names()))
     if config.profile == "full":
         bring(changed["dataset"], changed["model"], config.root)
     changed["device"] = _device(config.device)
@@ -125,7 +125,7 @@ def bring(dataset: str, model: str, root: str = "") -> None:
         except FileNotFoundError:
             if root or not allowed or dataset not in datasets.SOURCES:
                 raise
-            datasets.sources.get(dataset)
+            datasets.download(dataset)
             datasets.load(dataset)
     except (ValueError, OSError) as error:
         missing.append(f"the images of {dataset}: {error}")

@@ -56,8 +56,8 @@ def sizes(dataset: str) -> tuple[int, int]:
     if dataset in datasets.ICONSHIFT:
         embedded = datasets.load(dataset)
         return len(embedded), len(embedded.classnames)
-    if dataset not in datasets.known():
-        raise ValueError(unknown("data set", dataset, datasets.known()))
+    if dataset not in datasets.names():
+        raise ValueError(unknown("data set", dataset, datasets.names()))
     raise ValueError(f"the size of {dataset} is not known: give --images and --classes.")
 
 
