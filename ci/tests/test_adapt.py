@@ -58,8 +58,8 @@ def assert_equal(a, b, atol=1e-7):
 )
 def test_fast_equals_paper(prompts64, params):
     features = views_of(prompts64, 3, 12).double()
-    fast = methods.tpt(features, prompts64, **params)
-    paper = methods.tpt(features, prompts64, exact="paper", **params)
+    fast = methods.get("tpt")(features, prompts64, **params)
+    paper = methods.get("tpt")(features, prompts64, exact="paper", **params)
     assert (fast.logits - fast.logits_before).abs().max() > 1e-3
     assert_equal(fast, paper)
 
@@ -77,15 +77,15 @@ def test_fast_equals_paper(prompts64, params):
 def test_fast_equals_paper_for_other_prompts(mini64, options):
     prompts = Prompts(mini64, NAMES, **options)
     features = views_of(prompts, 2, 12).double()
-    fast = methods.tpt(features, prompts)
+    fast = methods.get("tpt")(features, prompts)
     assert fast.ctx.shape == (2, *prompts.ctx.shape)
-    assert_equal(fast, methods.tpt(features, prompts, exact="paper"))
+    assert_equal(fast, methods.get("tpt")(features, prompts, exact="paper"))
 
 
 def test_float32_gives_the_same_predictions(prompts32):
     features = views_of(prompts32, 8, 16, seed=4)
-    fast = methods.tpt(features, prompts32, lr=0.02)
-    paper = methods.tpt(features, prompts32, lr=0.02, exact="paper")
+    fast = methods.get("tpt")(features, prompts32, lr=0.02)
+    paper = methods.get("tpt")(features, prompts32, lr=0.02, exact="paper")
     assert torch.equal(fast.logits.argmax(dim=1), paper.logits.argmax(dim=1))
     assert torch.equal(fast.selected, paper.selected)
     torch.testing.assert_close(fast.logits, paper.logits, atol=5e-3, rtol=0)
@@ -105,7 +105,7 @@ def gradient_by_hand(prompts, views, rho=0.1):
 def test_the_first_adamw_step_is_a_sign_step(prompts64):
     features = views_of(prompts64, 2, 20).double()
     lr = 5e-3
-    adapted = methods.tpt(features, prompts64, lr=lr)
+    adapted = methods.get("tpt")(features, prompts64, lr=lr)
     for views, ctx in zip(features, adapted.ctx, strict=True):
         g = gradient_by_hand(prompts64, views)
         start = prompts64.ctx.double()
@@ -124,7 +124,7 @@ def test_the_first_adamw_step_is_a_sign_step(prompts64):
 
 def test_sgd_moves_along_the_gradient(prompts64):
     features = views_of(prompts64, 2, 20).double()
-    adapted = methods.tpt(features, prompts64, optimizer="sgd", lr=0.3)
+    adapted = methods.get("tpt")(features, prompts64, optimizer="sgd", lr=0.3)
     for views, ctx in zip(features, adapted.ctx, strict=True):
         expected = prompts64.ctx.double() - 0.3 * gradient_by_hand(prompts64, views)
         torch.testing.assert_close(ctx, expected, atol=1e-10, rtol=0)
@@ -132,7 +132,7 @@ def test_sgd_moves_along_the_gradient(prompts64):
 
 def test_a_small_step_lowers_the_loss(prompts64):
     features = views_of(prompts64, 4, 20).double()
-    adapted = methods.tpt(features, prompts64, optimizer="sgd", lr=1e-3)
+    adapted = methods.get("tpt")(features, prompts64, optimizer="sgd", lr=1e-3)
     text = prompts64.text_features(adapted.ctx)
     scale = prompts64.clip.logit_scale.double()
     for i in range(4):
@@ -143,8 +143,8 @@ def test_a_small_step_lowers_the_loss(prompts64):
 
 def test_a_positive_factor_of_the_loss_changes_nothing_in_adamw(prompts64):
     features = views_of(prompts64, 2, 12).double()
-    a = methods.tpt(features, prompts64)
-    b = methods.tpt(features, prompts64, loss=lambda z, rho: 1000 * marginal_entropy(z, rho))
+    a = methods.get("tpt")(features, prompts64)
+    b = methods.get("tpt")(features, prompts64, loss=lambda z, rho: 1000 * marginal_entropy(z, rho))
     torch.testing.assert_close(a.logits, b.logits, atol=1e-3, rtol=0)
 
 
@@ -156,7 +156,7 @@ def test_later_steps_keep_the_selection_of_the_first(prompts64):
         return marginal_entropy(logits, rho, selected)
 
     features = views_of(prompts64, 1, 20).double()
-    adapted = methods.tpt(features, prompts64, loss=spy, steps=3, lr=0.1, exact="paper")
+    adapted = methods.get("tpt")(features, prompts64, loss=spy, steps=3, lr=0.1, exact="paper")
     assert len(seen) == 3 and all(torch.equal(s, seen[0]) for s in seen)
     assert adapted.selected[0].nonzero().flatten().tolist() == sorted(seen[0].tolist())
 
@@ -167,9 +167,9 @@ def test_a_loss_may_bring_its_own_selection(prompts64):
 
     last_view.select = lambda logits, rho: torch.tensor([logits.shape[0] - 1])
     features = views_of(prompts64, 2, 6).double()
-    fast = methods.tpt(features, prompts64, loss=last_view)
+    fast = methods.get("tpt")(features, prompts64, loss=last_view)
     assert fast.selected.tolist() == [[False] * 5 + [True]] * 2
-    assert_equal(fast, methods.tpt(features, prompts64, loss=last_view, exact="paper"))
+    assert_equal(fast, methods.get("tpt")(features, prompts64, loss=last_view, exact="paper"))
 
 
 # --- images do not see each other ----------------------------------------------------------------
@@ -178,11 +178,13 @@ def test_a_loss_may_bring_its_own_selection(prompts64):
 @pytest.mark.parametrize("params", [{}, {"steps": 2}])
 def test_order_and_batch_size_change_nothing(prompts64, params):
     features = views_of(prompts64, 7, 10).double()
-    whole = methods.tpt(features, prompts64, **params)
+    whole = methods.get("tpt")(features, prompts64, **params)
     for batch in (1, 3, 100):
-        assert_equal(methods.tpt(features, prompts64, batch=batch, **params), whole, atol=1e-9)
+        assert_equal(
+            methods.get("tpt")(features, prompts64, batch=batch, **params), whole, atol=1e-9
+        )
     order = torch.randperm(7)
-    permuted = methods.tpt(features[order], prompts64, **params)
+    permuted = methods.get("tpt")(features[order], prompts64, **params)
     torch.testing.assert_close(permuted.logits, whole.logits[order], atol=1e-9, rtol=0)
     assert torch.equal(permuted.selected, whole.selected[order])
 
@@ -190,8 +192,8 @@ def test_order_and_batch_size_change_nothing(prompts64, params):
 def test_nothing_is_left_behind(prompts32):
     features = views_of(prompts32, 3, 10)
     start = prompts32.ctx.clone()
-    first = methods.tpt(features, prompts32, lr=0.1)
-    again = methods.tpt(features, prompts32, lr=0.1)
+    first = methods.get("tpt")(features, prompts32, lr=0.1)
+    again = methods.get("tpt")(features, prompts32, lr=0.1)
     assert torch.equal(first.logits, again.logits)
     assert torch.equal(prompts32.ctx, start) and not prompts32.ctx.requires_grad
     assert not first.logits.requires_grad and not first.ctx.requires_grad
@@ -205,11 +207,11 @@ def test_zero_shot_and_confident_view(mini, prompts32, kind):
     prompts = prompts32 if kind == "prompts" else TemplatePrompts(mini, NAMES, "seven")
     features = views_of(prompts, 6, 20)
     logits = mini.logit_scale * features @ prompts.text_features().T
-    zero = methods.zero_shot(features, prompts)
+    zero = methods.get("zero_shot")(features, prompts)
     torch.testing.assert_close(zero.logits, logits[:, 0])
     torch.testing.assert_close(zero.loss, entropy(logits[:, 0]))
     assert zero.selected[:, 0].all() and zero.selected.sum() == 6 and zero.ctx is None
-    votes = methods.confident_view(features, prompts, rho=0.3)
+    votes = methods.get("confident_view")(features, prompts, rho=0.3)
     torch.testing.assert_close(votes.logits_before, zero.logits)
     for i in range(6):
         chosen = select_confident(logits[i], 0.3)
@@ -220,8 +222,11 @@ def test_zero_shot_and_confident_view(mini, prompts32, kind):
 
 def test_tpt_starts_where_zero_shot_ends(prompts32):
     features = views_of(prompts32, 6, 20)
-    tuned, zero = methods.tpt(features, prompts32), methods.zero_shot(features, prompts32)
-    votes = methods.confident_view(features, prompts32)
+    tuned, zero = (
+        methods.get("tpt")(features, prompts32),
+        methods.get("zero_shot")(features, prompts32),
+    )
+    votes = methods.get("confident_view")(features, prompts32)
     torch.testing.assert_close(tuned.logits_before, zero.logits, atol=1e-4, rtol=0)
     torch.testing.assert_close(tuned.loss, votes.loss, atol=1e-4, rtol=0)
     assert torch.equal(tuned.selected, votes.selected)
@@ -231,7 +236,7 @@ def test_tpt_starts_where_zero_shot_ends(prompts32):
 def test_one_view_one_class_one_image(mini, loss):
     prompts = Prompts(mini, ["cat"])
     features = views_of(prompts, 1, 1)
-    adapted = methods.tpt(features, prompts, loss=loss)
+    adapted = methods.get("tpt")(features, prompts, loss=loss)
     assert adapted.logits.shape == (1, 1) and adapted.logits.isfinite().all()
     assert adapted.loss == pytest.approx(0, abs=1e-6) and adapted.selected.tolist() == [[True]]
     assert adapted.ctx.isfinite().all()
@@ -240,7 +245,7 @@ def test_one_view_one_class_one_image(mini, loss):
 def test_duplicate_classes_share_the_probability(mini64):
     prompts = Prompts(mini64, ["cat", "dog", "cat"])
     features = views_of(prompts, 2, 10).double()
-    adapted = methods.tpt(features, prompts)
+    adapted = methods.get("tpt")(features, prompts)
     torch.testing.assert_close(adapted.logits[:, 0], adapted.logits[:, 2], atol=1e-10, rtol=0)
     assert adapted.loss.max() <= math.log(3)
 
@@ -251,29 +256,31 @@ def test_duplicate_classes_share_the_probability(mini64):
 @pytest.mark.parametrize(
     "params, message",
     [
-        ({"loss": "entropie"}, "known: .*marginal_entropy"),
-        ({"rho": 0}, r"\(0,1\], got 0"),
-        ({"rho": 1.5}, r"\(0,1\], got 1.5"),
-        ({"lr": 0}, "lr=0"),
-        ({"steps": 0}, "steps=0"),
-        ({"batch": 0}, "batch=0"),
-        ({"optimizer": "adam"}, "known: adamw, sgd"),
-        ({"exact": "yes"}, "allowed: fast, paper, tangent"),
+        ({"loss": "entropie"}, "unknown loss .*Known: .*marginal_entropy"),
+        ({"rho": 0}, r"rho is 0; it must be a fraction in \(0, 1\]"),
+        ({"rho": 1.5}, r"rho is 1.5; it must be a fraction in \(0, 1\]"),
+        ({"lr": 0}, "lr is 0; it must be a positive number"),
+        ({"steps": 0}, "steps is 0; it must be 1 or more"),
+        ({"batch": 0}, "batch is 0; it must be 1 or more"),
+        ({"optimizer": "adam"}, "did you mean 'adamw'.*Known: adamw, sgd"),
+        ({"step": 3}, "unknown option 'step'; did you mean 'steps'"),
+        ({"exact": "yes"}, "Known: fast, paper, tangent"),
+        ({"rho": True}, "rho is True \\(bool\\); it must be float"),
     ],
 )
 def test_bad_parameters_are_named(prompts32, params, message):
     with pytest.raises(ValueError, match=message):
-        methods.tpt(views_of(prompts32, 1, 4), prompts32, **params)
+        methods.get("tpt")(views_of(prompts32, 1, 4), prompts32, **params)
 
 
-@pytest.mark.parametrize("method", sorted(methods.METHODS))
+@pytest.mark.parametrize("method", sorted(methods.names()))
 @pytest.mark.parametrize("shape", [(3, 256), (1, 3, 512), (0, 3, 256), (1, 0, 256)])
 def test_bad_features_are_named(prompts32, method, shape):
     with pytest.raises(ValueError, match=r"expected \[B,V,256\].*mini-random"):
-        methods.METHODS[method](torch.zeros(shape), prompts32)
+        methods.get(method)(torch.zeros(shape), prompts32)
 
 
 def test_templates_cannot_be_tuned(mini):
     prompts = TemplatePrompts(mini, NAMES, "single")
     with pytest.raises(ValueError, match="a template ensemble has none"):
-        methods.tpt(views_of(prompts, 1, 4), prompts)
+        methods.get("tpt")(views_of(prompts, 1, 4), prompts)

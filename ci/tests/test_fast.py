@@ -21,6 +21,15 @@ MANY = 10**6  # images: the Jacobian is worth it
 FEW = 1
 
 
+def tpt(features, prompts, n_images=None, cache=None, **options):
+    """TPT on some of so many images."""
+    prompts.expect(n_images, cache)
+    try:
+        return methods.get("tpt")(features, prompts, **options)
+    finally:
+        prompts.expect()
+
+
 @pytest.fixture(scope="module")
 def small() -> models.Clip:
     """A CLIP whose Jacobian is quick to make, float64."""
@@ -93,8 +102,8 @@ def test_other_activations_and_layer_scale(activation):
     paper = prompts.text_features(ctx, exact="paper")
     torch.testing.assert_close(prompts.text_features(ctx), paper, atol=1e-12, rtol=0)
     features = views_of(prompts, 2, 10).double()
-    fast = methods.tpt(features, prompts, n_images=MANY)
-    assert_equal(fast, methods.tpt(features, prompts, exact="paper"))
+    fast = tpt(features, prompts, n_images=MANY)
+    assert_equal(fast, methods.get("tpt")(features, prompts, exact="paper"))
 
 
 @pytest.mark.parametrize("last", [1, LONGEST - 2, LONGEST - 1, 60])
@@ -137,7 +146,11 @@ def test_a_thousand_classes(small):
     few = Prompts(small, [names[i] for i in some]).text_features(ctx, exact="paper")
     torch.testing.assert_close(prompts.text_features(ctx)[:, some], few, atol=1e-12, rtol=0)
     features = views_of(prompts, 2, 8).double()
-    assert_equal(methods.tpt(features, prompts), methods.tpt(features, prompts, batch=1), atol=1e-9)
+    assert_equal(
+        methods.get("tpt")(features, prompts),
+        methods.get("tpt")(features, prompts, batch=1),
+        atol=1e-9,
+    )
 
 
 def test_what_is_made_once_is_not_kept_while_the_model_trains(small):
@@ -190,7 +203,7 @@ def test_a_kept_jacobian_is_read_again(small, prompts, tmp_path, monkeypatch):
         patch.setattr(Prompts, "_make_jacobian", lambda self: pytest.fail("made again"))
         assert torch.equal(Prompts(small, NAMES[:2]).jacobian(tmp_path), made)
         features = views_of(few, 2, 8).double()
-        methods.tpt(features, Prompts(small, NAMES[:2]), n_images=MANY, cache=tmp_path)
+        tpt(features, Prompts(small, NAMES[:2]), n_images=MANY, cache=tmp_path)
     path.write_bytes(path.read_bytes()[:1000])  # damaged
     assert torch.equal(Prompts(small, NAMES[:2]).jacobian(tmp_path), made)
     # another context, other names: another file
@@ -216,15 +229,15 @@ def test_prompts_without_a_jacobian_say_so_and_still_adapt(small, options):
     prompts = Prompts(small, NAMES, **options)
     features = views_of(prompts, 2, 8).double()
     with pytest.raises(ValueError, match=next(iter(options))):
-        methods.tpt(features, prompts, exact="tangent")
-    fast = methods.tpt(features, prompts, n_images=MANY)
-    assert_equal(fast, methods.tpt(features, prompts, exact="paper"))
+        methods.get("tpt")(features, prompts, exact="tangent")
+    fast = tpt(features, prompts, n_images=MANY)
+    assert_equal(fast, methods.get("tpt")(features, prompts, exact="paper"))
 
 
 def test_a_matrix_that_does_not_fit_is_not_made(prompts, monkeypatch):
-    assert tuning._worth_a_jacobian(prompts, MANY) and not tuning._worth_a_jacobian(prompts, FEW)
+    assert tuning.worth_a_jacobian(prompts, MANY) and not tuning.worth_a_jacobian(prompts, FEW)
     monkeypatch.setattr(machine, "free_memory", lambda device: 10**6)
-    assert not tuning._worth_a_jacobian(prompts, MANY)
+    assert not tuning.worth_a_jacobian(prompts, MANY)
 
 
 def test_free_memory_is_plausible():
@@ -243,8 +256,8 @@ def test_every_loss_equals_the_papers_path(prompts, loss, steps, n_images):
     loss_fn = get_loss(loss, groups=groups, rho_patch=0.9, alpha=1.0, overlap=0.2)
     features = views_of(prompts, 2, 30).double()
     params = {"loss": loss_fn, "rho": 0.2, "steps": steps, "lr": 0.01}
-    fast = methods.tpt(features, prompts, n_images=n_images, **params)
-    paper = methods.tpt(features, prompts, exact="paper", **params)
+    fast = tpt(features, prompts, n_images=n_images, **params)
+    paper = methods.get("tpt")(features, prompts, exact="paper", **params)
     assert (fast.logits - fast.logits_before).abs().max() > 1e-3
     assert_equal(fast, paper)
 
@@ -253,13 +266,13 @@ def test_every_loss_equals_the_papers_path(prompts, loss, steps, n_images):
 def test_another_start_is_noticed_and_the_old_one_kept(prompts, n_images):
     views = views_of(prompts, 2, 6).double()
     options = {"rho": 0.5, "lr": 0.05}
-    first = methods.tpt(views, prompts, n_images=n_images, **options)
+    first = tpt(views, prompts, n_images=n_images, **options)
     moved = copy.copy(prompts)
     moved.ctx = first.ctx[0]  # as TPT without a reset
-    fast = methods.tpt(views, moved, n_images=n_images, **options)
-    assert_equal(fast, methods.tpt(views, moved, exact="paper", **options))
+    fast = tpt(views, moved, n_images=n_images, **options)
+    assert_equal(fast, methods.get("tpt")(views, moved, exact="paper", **options))
     assert not torch.allclose(fast.ctx, first.ctx, atol=1e-3)
-    assert_equal(methods.tpt(views, prompts, n_images=n_images, **options), first, 1e-12)
+    assert_equal(tpt(views, prompts, n_images=n_images, **options), first, 1e-12)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
@@ -269,7 +282,7 @@ def test_the_closed_form_equals_the_optimiser(optimizer):
     gradient = torch.randn(5, 4, 8, generator=generator, dtype=torch.float64)
     gradient *= 10.0 ** torch.randint(-12, 3, gradient.shape, generator=generator)  # around eps
     gradient[0, 0] = 0
-    closed = tuning._first_step(start, gradient, 0.03, optimizer)
+    closed = tuning.first_step(start, gradient, 0.03, optimizer)
     for i in range(5):
         ctx = start.clone().requires_grad_(True)
         ctx.grad = gradient[i]
@@ -282,11 +295,11 @@ def test_neither_order_nor_batch_size_changes_anything_in_float32(mini, n_images
     prompts = Prompts(mini, NAMES)
     features = views_of(prompts, 7, 16, seed=3)
     params = {"optimizer": "sgd", "lr": 0.1, "n_images": n_images}  # no sign of a rounding error
-    whole = methods.tpt(features, prompts, **params)
+    whole = methods.get("tpt")(features, prompts, **params)
     assert (whole.logits - whole.logits_before).abs().max() > 1e-2
     order = torch.tensor([4, 2, 6, 0, 1, 3, 5])
     for batch in (1, 3):
-        again = methods.tpt(features[order], prompts, batch=batch, **params)
+        again = methods.get("tpt")(features[order], prompts, batch=batch, **params)
         assert torch.equal(again.selected, whole.selected[order])
         scale = float(whole.logits.abs().max())
         torch.testing.assert_close(again.logits, whole.logits[order], atol=1e-5 * scale, rtol=0)
@@ -296,8 +309,8 @@ def test_float32_equals_paper_but_for_gradients_below_rounding(mini):
     """Where no coordinate of the gradient is lost in rounding, logits agree within 1e-4."""
     prompts = Prompts(mini, NAMES[:6])  # without the second cat: equal logits have no order
     features = views_of(prompts, 6, 16, seed=5)
-    fast = methods.tpt(features, prompts, lr=0.01, n_images=MANY)
-    paper = methods.tpt(features, prompts, lr=0.01, exact="paper")
+    fast = tpt(features, prompts, lr=0.01, n_images=MANY)
+    paper = methods.get("tpt")(features, prompts, lr=0.01, exact="paper")
     assert torch.equal(fast.selected, paper.selected)
     assert torch.equal(fast.logits.argmax(1), paper.logits.argmax(1))
     apart = ((fast.ctx - paper.ctx).abs() > 1e-6).flatten(1).sum(1)
@@ -327,8 +340,8 @@ def test_full_size_text_towers():
     features = F.normalize(near, dim=-1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        fast = methods.tpt(features, prompts)
-    assert_equal(fast, methods.tpt(features, prompts, exact="paper"))
+        fast = methods.get("tpt")(features, prompts)
+    assert_equal(fast, methods.get("tpt")(features, prompts, exact="paper"))
 
 
 # --- the tangent ---------------------------------------------------------------------------------
@@ -336,7 +349,7 @@ def test_full_size_text_towers():
 
 def test_tangent_is_of_first_order(prompts):
     """Halving the step quarters the error of the text features, and the gradient is exact."""
-    start = tuning._Start(prompts, by_matrix=True)
+    start = tuning.Start(prompts, by_matrix=True)
     direction = torch.randn(1, *prompts.ctx.shape, dtype=torch.float64)
     errors = []
     for size in (1e-3, 5e-4):
@@ -345,8 +358,8 @@ def test_tangent_is_of_first_order(prompts):
             errors.append(float((start.tangent(ctx) - prompts.text_features(ctx)).norm()))
     assert 3.5 < errors[0] / errors[1] < 4.5
     features = views_of(prompts, 3, 12).double()
-    tangent = methods.tpt(features, prompts, exact="tangent")
-    fast = methods.tpt(features, prompts)
+    tangent = methods.get("tpt")(features, prompts, exact="tangent")
+    fast = methods.get("tpt")(features, prompts)
     torch.testing.assert_close(tangent.ctx, fast.ctx, atol=1e-9, rtol=0)
     assert torch.equal(tangent.selected, fast.selected)
     assert not torch.equal(tangent.logits, fast.logits)
@@ -355,8 +368,8 @@ def test_tangent_is_of_first_order(prompts):
 def test_tangent_takes_several_steps_on_the_linear_tower(prompts):
     features = views_of(prompts, 2, 12).double()
     params = {"steps": 3, "optimizer": "sgd", "lr": 1e-5}
-    tangent = methods.tpt(features, prompts, exact="tangent", **params)
-    fast = methods.tpt(features, prompts, **params)
+    tangent = methods.get("tpt")(features, prompts, exact="tangent", **params)
+    fast = methods.get("tpt")(features, prompts, **params)
     moved = (fast.logits - fast.logits_before).abs().max()
     assert 0 < (tangent.logits - fast.logits).abs().max() < 0.05 * moved
     assert not torch.equal(tangent.ctx, fast.ctx)

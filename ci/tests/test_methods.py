@@ -11,8 +11,8 @@ from tpt_nb.models import Prompts, TemplatePrompts
 NAMES = ["cat", "hot air balloon", "fire_engine", "dog", "bus"]
 EPISODIC = [
     name
-    for name, m in methods.METHODS.items()
-    if not hasattr(m, "online") and not hasattr(m, "bind")
+    for name in methods.names()
+    if methods.get(name).kind == "episodic" and not methods.get(name).needs
 ]
 
 
@@ -74,7 +74,7 @@ def prompts64(mini64):
 def test_images_do_not_see_each_other(prompts, name):
     """Neither the order of the images nor what else is in the batch changes a prediction."""
     features = views_of(prompts, 6, 20, seed=1)
-    method = methods.METHODS[name]
+    method = methods.get(name)
     together = method(features, prompts)
     order = torch.tensor([4, 1, 5, 0, 3, 2])
     shuffled = method(features[order], prompts)
@@ -90,17 +90,17 @@ def test_images_do_not_see_each_other(prompts, name):
 @pytest.mark.parametrize("name", EPISODIC)
 def test_the_prediction_before_is_zero_shot(prompts, name):
     features = views_of(prompts, 3, 20, seed=2)
-    before = methods.METHODS[name](features, prompts).logits_before
-    torch.testing.assert_close(before, methods.zero_shot(features, prompts).logits)
+    before = methods.get(name)(features, prompts).logits_before
+    torch.testing.assert_close(before, methods.get("zero_shot")(features, prompts).logits)
 
 
 @pytest.mark.parametrize("name", EPISODIC)
 def test_one_view_and_identical_views(prompts, name):
     """V=1 and views that are all the same: finite, and the class of that view."""
     one = views_of(prompts, 4, 1, seed=3)
-    expected = methods.zero_shot(one, prompts).logits.argmax(1)
+    expected = methods.get("zero_shot")(one, prompts).logits.argmax(1)
     for features in (one, one.expand(-1, 12, -1).contiguous()):
-        out = methods.METHODS[name](features, prompts).logits
+        out = methods.get(name)(features, prompts).logits
         assert out.isfinite().all()
         if name not in ("tps",):  # a step of fixed length may change a class by itself
             assert torch.equal(out.argmax(1), expected)
@@ -110,9 +110,9 @@ def test_templates_are_enough_for_what_tunes_no_context(mini):
     ensemble = TemplatePrompts(mini, NAMES, ["a photo of a {}.", "a {}."])
     features = views_of(ensemble, 2, 12)
     for name in ("vote", "zero", "zero_fp16", "mta", "tps"):
-        assert methods.METHODS[name](features, ensemble).logits.shape == (2, 5)
+        assert methods.get(name)(features, ensemble).logits.shape == (2, 5)
     with pytest.raises(ValueError, match="context"):
-        methods.ctpt(features, ensemble)
+        methods.get("ctpt")(features, ensemble)
 
 
 # --- votes ---------------------------------------------------------------------------------------
@@ -121,7 +121,7 @@ def test_templates_are_enough_for_what_tunes_no_context(mini):
 def test_vote_counts_heads():
     """Two votes of moderate certainty beat one of great certainty; the mean says the opposite."""
     features, prompts = from_logits(favour([1, 1, 2, 0, 0], [5.0, 5.0, 60.0, 0.1, 0.1]))
-    out = methods.vote(features, prompts, rho=0.6)
+    out = methods.get("vote")(features, prompts, rho=0.6)
     assert out.logits.argmax(1).tolist() == [1]
     torch.testing.assert_close(
         out.logits.exp()[0], torch.tensor([0, 2 / 3, 1 / 3, 0]), atol=1e-3, rtol=0
@@ -132,7 +132,7 @@ def test_vote_counts_heads():
 
 def test_equal_votes_go_to_the_more_probable_class():
     features, prompts = from_logits(favour([3, 1], [5.0, 4.0]))
-    assert methods.vote(features, prompts, rho=1.0).logits.argmax(1).tolist() == [3]
+    assert methods.get("vote")(features, prompts, rho=1.0).logits.argmax(1).tolist() == [3]
 
 
 def test_zero_asks_the_next_confident_view():
@@ -140,16 +140,19 @@ def test_zero_asks_the_next_confident_view():
     not the first in the list and not the more probable class."""
     sure = [9.0, 8.0, 1.0, 3.0, 2.0]
     features, prompts = from_logits(favour([3, 1, 3, 2, 1], sure))
-    assert methods.zero(features, prompts, rho=0.4).logits.argmax(1).tolist() == [1]
+    assert methods.get("zero")(features, prompts, rho=0.4).logits.argmax(1).tolist() == [1]
     nobody = from_logits(favour([3, 1, 2, 2, 0], sure))
-    assert methods.zero(*nobody, rho=0.4).logits.argmax(1).tolist() == [3]
+    assert methods.get("zero")(*nobody, rho=0.4).logits.argmax(1).tolist() == [3]
     whole = from_logits(favour([3, 1], [9.0, 8.0]))
-    assert methods.zero(*whole, rho=1.0).logits.argmax(1).tolist() == [3]
+    assert methods.get("zero")(*whole, rho=1.0).logits.argmax(1).tolist() == [3]
 
 
 def test_zero_and_vote_agree_where_there_is_no_tie(prompts):
     features = views_of(prompts, 20, 32, seed=5)
-    a, b = methods.vote(features, prompts, rho=0.3), methods.zero(features, prompts, rho=0.3)
+    a, b = (
+        methods.get("vote")(features, prompts, rho=0.3),
+        methods.get("zero")(features, prompts, rho=0.3),
+    )
     shares = a.logits.exp().topk(2).values
     clear = shares[:, 0] - shares[:, 1] > 0.02
     assert clear.any()
@@ -162,8 +165,8 @@ def test_half_precision_is_no_vote():
     features = F.pad(cosines, (0, 1))
     features[..., 2] = (1 - cosines.square().sum(-1)).sqrt()
     prompts = FakePrompts(torch.eye(3)[:2], 100.0)
-    exact = methods.zero(features, prompts, rho=1.0)
-    half = methods.zero_fp16(features, prompts, rho=1.0)
+    exact = methods.get("zero")(features, prompts, rho=1.0)
+    half = methods.get("zero_fp16")(features, prompts, rho=1.0)
     assert exact.logits.argmax(1).tolist() == [1]
     assert half.logits.argmax(1).tolist() == [0]
     gap = torch.tensor([0.3010]).half().float() - torch.tensor([0.3000]).half().float()
@@ -180,8 +183,8 @@ def test_published_tie_break_takes_the_views_as_they_were_made():
         None
     ]
     prompts = FakePrompts(eye, 100.0)
-    assert methods.zero_fp16(cosines, prompts, rho=0.4).logits.argmax(1).tolist() == [3]
-    assert methods.zero(cosines, prompts, rho=0.4).logits.argmax(1).tolist() == [1]
+    assert methods.get("zero_fp16")(cosines, prompts, rho=0.4).logits.argmax(1).tolist() == [3]
+    assert methods.get("zero")(cosines, prompts, rho=0.4).logits.argmax(1).tolist() == [1]
 
 
 def test_published_fallback_masks_the_wrong_classes():
@@ -190,7 +193,7 @@ def test_published_fallback_masks_the_wrong_classes():
     eye = torch.eye(4)
     third = 0.5 * eye[2] + 0.2 * eye[3] + 0.1 * eye[1]
     cosines = torch.stack([0.9 * eye[3], 0.9 * eye[1], third])[None]
-    out = methods.zero_fp16(cosines, FakePrompts(eye, 100.0), rho=0.7)
+    out = methods.get("zero_fp16")(cosines, FakePrompts(eye, 100.0), rho=0.7)
     assert out.selected.tolist() == [[True, True, False]]
     assert out.logits.argmax(1).tolist() == [3]
 
@@ -201,7 +204,9 @@ def test_published_fallback_masks_the_wrong_classes():
 def test_contrast_vote_by_hand():
     generator = torch.Generator().manual_seed(3)
     logits = 3 * torch.randn(2, 7, 5, generator=generator, dtype=torch.float64)
-    out = methods.contrast_vote(*from_logits(logits), contrast=0.4, temperature=1.5, image=3.0)
+    out = methods.get("contrast_vote")(
+        *from_logits(logits), contrast=0.4, temperature=1.5, image=3.0
+    )
     for i in range(2):
         score = [0.0] * 5
         mean = [sum(float(logits[i, v, c]) for v in range(7)) / 7 for c in range(5)]
@@ -220,19 +225,25 @@ def test_contrast_takes_off_what_all_views_say():
     """All views find class 0 likely; one in four is as sure of class 1. The vote says 0."""
     logits = torch.tensor([[4.0, 0, 0], [4.0, 5.0, 0], [4.0, 0, 0], [4.0, 0, 0]])[None]
     features, prompts = from_logits(logits)
-    assert methods.vote(features, prompts, rho=1.0).logits.argmax(1).tolist() == [0]
+    assert methods.get("vote")(features, prompts, rho=1.0).logits.argmax(1).tolist() == [0]
     plain = {"temperature": 1.0, "image": 0.0}
-    assert methods.contrast_vote(features, prompts, contrast=0.0, **plain).logits.argmax() == 0
-    assert methods.contrast_vote(features, prompts, contrast=1.0, **plain).logits.argmax() == 1
+    assert (
+        methods.get("contrast_vote")(features, prompts, contrast=0.0, **plain).logits.argmax() == 0
+    )
+    assert (
+        methods.get("contrast_vote")(features, prompts, contrast=1.0, **plain).logits.argmax() == 1
+    )
 
 
 def test_the_image_has_votes():
     """A sure image against three sure crops."""
     features, prompts = from_logits(favour([2, 1, 1, 1], [9.0, 9.0, 9.0, 9.0]))
-    few, many = (methods.contrast_vote(features, prompts, contrast=0.0, image=v) for v in (0, 4))
+    few, many = (
+        methods.get("contrast_vote")(features, prompts, contrast=0.0, image=v) for v in (0, 4)
+    )
     assert few.logits.argmax() == 1 and many.logits.argmax() == 2
     with pytest.raises(ValueError, match="temperature"):
-        methods.contrast_vote(features, prompts, temperature=0.0)
+        methods.get("contrast_vote")(features, prompts, temperature=0.0)
 
 
 # --- MTA -----------------------------------------------------------------------------------------
@@ -279,7 +290,7 @@ def test_mta_follows_its_equations():
     text = F.normalize(torch.randn(5, 8, generator=generator, dtype=torch.float64), dim=-1)
     noise = torch.randn(3, 12, 8, generator=generator, dtype=torch.float64)
     features = F.normalize(text[:3, None] + 0.4 * noise, dim=-1)
-    out = methods.mta(features, FakePrompts(text, 20.0))
+    out = methods.get("mta")(features, FakePrompts(text, 20.0))
     expected = torch.stack([mta_by_hand(x, text, 20.0) for x in features])
     torch.testing.assert_close(out.logits, expected, atol=1e-5, rtol=0)
 
@@ -291,7 +302,7 @@ def test_mta_knows_no_order_but_that_view_0_is_the_start():
     features = F.normalize(text[:2, None] + 0.5 * noise, dim=-1)
     order = torch.tensor([0, 7, 3, 11, 1, 10, 2, 9, 4, 8, 6, 5])
     prompts = FakePrompts(text, 20.0)
-    a, b = methods.mta(features, prompts), methods.mta(features[:, order], prompts)
+    a, b = methods.get("mta")(features, prompts), methods.get("mta")(features[:, order], prompts)
     torch.testing.assert_close(a.logits, b.logits)
     assert (a.logits - a.logits_before).abs().max() > 0.1
 
@@ -304,7 +315,7 @@ def test_tps_is_a_sign_step_on_the_text_features():
     text = F.normalize(torch.randn(4, 6, generator=generator, dtype=torch.float64), dim=-1)
     noise = torch.randn(2, 20, 6, generator=generator, dtype=torch.float64)
     features = F.normalize(text[:2, None] + noise, dim=-1)
-    out = methods.tps(features, FakePrompts(text, 5.0), rho=0.3, shift=0.01)
+    out = methods.get("tps")(features, FakePrompts(text, 5.0), rho=0.3, shift=0.01)
     for i, x in enumerate(features):
         delta = torch.zeros_like(text, requires_grad=True)
         logits = 5.0 * x @ F.normalize(text + delta, dim=-1).T
@@ -322,8 +333,8 @@ def test_tps_steps_lower_what_they_minimise():
     text = F.normalize(torch.randn(4, 6, generator=generator), dim=-1)
     features = F.normalize(torch.randn(5, 1, 6, generator=generator), dim=-1)
     prompts = FakePrompts(text, 5.0)
-    far = methods.tps(features, prompts, shift=0.01, steps=20)
-    near = methods.tps(features, prompts, shift=0.01, steps=1)
+    far = methods.get("tps")(features, prompts, shift=0.01, steps=20)
+    near = methods.get("tps")(features, prompts, shift=0.01, steps=1)
     assert (entropy(far.logits) < entropy(near.logits)).all()
     assert (entropy(near.logits) < near.loss).all()
 
@@ -331,13 +342,13 @@ def test_tps_steps_lower_what_they_minimise():
 def test_tps_refuses_nonsense(prompts):
     features = views_of(prompts, 1, 4)
     with pytest.raises(ValueError, match="shift"):
-        methods.tps(features, prompts, shift=0.0)
+        methods.get("tps")(features, prompts, shift=0.0)
 
 
 def test_tpt_confident_averages_under_the_tuned_prompt(prompts64):
     features = views_of(prompts64, 3, 20, seed=7).double()
-    tuned = methods.tpt(features, prompts64, lr=0.02)
-    out = methods.tpt_confident(features, prompts64, lr=0.02)
+    tuned = methods.get("tpt")(features, prompts64, lr=0.02)
+    out = methods.get("tpt_confident")(features, prompts64, lr=0.02)
     scale = prompts64.clip.logit_scale.double()
     for i in range(3):
         text = prompts64.text_features(tuned.ctx[i])
@@ -348,8 +359,8 @@ def test_tpt_confident_averages_under_the_tuned_prompt(prompts64):
 def test_rtpt_by_hand(prompts64):
     """Mean entropy as the loss; reliability from the most similar other views."""
     features = views_of(prompts64, 2, 9, seed=8).double()
-    out = methods.rtpt(features, prompts64, rho=0.4, lr=0.02, neighbours=3)
-    tuned = methods.tpt(features, prompts64, loss="mean_entropy", rho=0.4, lr=0.02)
+    out = methods.get("rtpt")(features, prompts64, rho=0.4, lr=0.02, neighbours=3)
+    tuned = methods.get("tpt")(features, prompts64, loss="mean_entropy", rho=0.4, lr=0.02)
     scale = prompts64.clip.logit_scale.double()
     for i, x in enumerate(features):
         score = [
@@ -364,7 +375,7 @@ def test_rtpt_by_hand(prompts64):
 @pytest.mark.parametrize("dispersion", [0.0, 20.0])
 def test_ctpt_by_autograd_through_the_paper_path(prompts64, dispersion):
     features = views_of(prompts64, 2, 20, seed=9).double()
-    out = methods.ctpt(features, prompts64, lr=0.02, dispersion=dispersion)
+    out = methods.get("ctpt")(features, prompts64, lr=0.02, dispersion=dispersion)
     scale = prompts64.clip.logit_scale.double()
     for i, x in enumerate(features):
         ctx = prompts64.ctx.double().clone().requires_grad_(True)
@@ -377,7 +388,7 @@ def test_ctpt_by_autograd_through_the_paper_path(prompts64, dispersion):
         torch.testing.assert_close(out.ctx[i], ctx.detach(), atol=1e-7, rtol=0)
         assert out.loss[i].item() == pytest.approx(loss.item(), abs=1e-8)
     if not dispersion:
-        tpt = methods.tpt(features, prompts64, lr=0.02)
+        tpt = methods.get("tpt")(features, prompts64, lr=0.02)
         torch.testing.assert_close(out.logits, tpt.logits, atol=1e-6, rtol=0)
 
 
@@ -385,7 +396,7 @@ def test_ctpt_keeps_the_text_features_further_apart(prompts64):
     features = views_of(prompts64, 3, 20, seed=10).double()
 
     def spread(dispersion):
-        ctx = methods.ctpt(features, prompts64, lr=0.02, dispersion=dispersion).ctx
+        ctx = methods.get("ctpt")(features, prompts64, lr=0.02, dispersion=dispersion).ctx
         text = prompts64.text_features(ctx)
         return (text - text.mean(1, keepdim=True)).norm(dim=-1).mean()
 

@@ -7,9 +7,10 @@ from test_methods import NAMES, FakePrompts, views_of
 
 from tpt_nb import methods
 from tpt_nb.losses import marginal_entropy
+from tpt_nb.methods.online import Cache
 from tpt_nb.models import Prompts
 
-ONLINE = list(methods.ONLINE)
+ONLINE = [n for n in methods.names() if methods.get(n).kind == "online"]
 
 
 def random_stream(images=12, views=20, classes=4, width=6, seed=0):
@@ -68,16 +69,16 @@ def test_equals_the_published_algorithm(name, boost):
     order = torch.randperm(30, generator=torch.Generator().manual_seed(4)).tolist()
     expected, negative = by_hand(features, prompts, order, boost)
     assert negative, "the case must reach the negative cache"
-    out = methods.METHODS[name](features, prompts, rho=0.2, seed=4)
+    out = methods.get(name)(features, prompts, rho=0.2, order=4)
     torch.testing.assert_close(out.logits, expected, atol=1e-9, rtol=0)
 
 
 @pytest.mark.parametrize("name", ONLINE)
-def test_the_order_matters_and_is_part_of_the_seed(name):
+def test_the_order_matters_and_is_an_option(name):
     features, prompts = random_stream(images=40)
-    method = methods.METHODS[name]
-    assert method.online
-    a, again, other = (method(features, prompts, seed=s).logits for s in (0, 0, 1))
+    method = methods.get(name)
+    assert method.kind == "online"
+    a, again, other = (method(features, prompts, order=s).logits for s in (0, 0, 1))
     assert torch.equal(a, again)
     assert (a - other).abs().max() > 1e-3
 
@@ -86,13 +87,13 @@ def test_the_order_matters_and_is_part_of_the_seed(name):
 def test_the_first_image_of_a_stream_sees_no_other(name):
     features, prompts = random_stream(images=10)
     first = int(torch.randperm(10, generator=torch.Generator().manual_seed(2))[0])
-    whole = methods.METHODS[name](features, prompts, seed=2).logits[first]
-    alone = methods.METHODS[name](features[first : first + 1], prompts).logits[0]
+    whole = methods.get(name)(features, prompts, order=2).logits[first]
+    alone = methods.get(name)(features[first : first + 1], prompts).logits[0]
     torch.testing.assert_close(whole, alone)
 
 
 def test_a_cache_keeps_the_most_certain():
-    cache = methods.Cache(2, 2, torch.zeros(1, 3))
+    cache = Cache(2, 2, torch.zeros(1, 3))
     eye = torch.eye(3)
     for key, h in zip(eye, (0.5, 0.2, 0.3), strict=True):
         cache.insert(1, key, torch.tensor(h))
@@ -106,13 +107,15 @@ def test_a_cache_keeps_the_most_certain():
 def test_a_cache_needs_room():
     features, prompts = random_stream(images=2)
     with pytest.raises(ValueError, match="capacity"):
-        methods.tda(features, prompts, capacity=0)
+        methods.get("tda")(features, prompts, capacity=0)
 
 
 @pytest.mark.parametrize("name", ONLINE)
 def test_runs_with_a_real_prompt(mini, name):
     prompts = Prompts(mini, NAMES)
     features = views_of(prompts, 5, 12)
-    out = methods.METHODS[name](features, prompts)
+    out = methods.get(name)(features, prompts)
     assert out.logits.shape == (5, 5) and out.logits.isfinite().all()
-    torch.testing.assert_close(out.logits_before, methods.zero_shot(features, prompts).logits)
+    torch.testing.assert_close(
+        out.logits_before, methods.get("zero_shot")(features, prompts).logits
+    )

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_experiment import config, world  # noqa: F401 (fixtures)
+from test_runs import config, world  # noqa: F401 (fixtures)
 
 from tpt_nb import methods, models, runs
 from tpt_nb.features import encode
@@ -35,7 +35,7 @@ def test_a_run_with_patches_is_the_method_on_the_patches(config, loss):  # noqa:
     features = encode(data, clip, augmenter, cache=False, workers=0, progress=False)
     prompts = runs.make_prompts(config, clip, data.classnames)
     fn = get_loss(loss, groups=(5, 3), rho_patch=0.7, alpha=2.0, overlap=0.3)
-    adapted = methods.tpt(features.features, prompts, loss=fn, rho=0.3)
+    adapted = methods.get("tpt")(features.features, prompts, loss=fn, rho=0.3)
     expected = runs.to_records(features.ids, features.targets, adapted)
     assert done.records == expected
     assert all(max(r["selected"]) < 15 for r in done.records)

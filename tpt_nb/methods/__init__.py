@@ -4,7 +4,16 @@ Imports models, views, datasets, losses and features; never runs, which finds a 
 To add one: a file that ends in ``METHOD = Method(...)``, and one line in ``registry.METHODS``.
 """
 
-from tpt_nb.methods.method import Adapted, Method, Prepared, Setting, option, read_options
+from tpt_nb.methods.method import (
+    Adapted,
+    Method,
+    Prepared,
+    Setting,
+    as_mask,
+    initial_logits,
+    option,
+    read_options,
+)
 from tpt_nb.methods.registry import get, names, register, translate
 
 __all__ = [
@@ -12,7 +21,9 @@ __all__ = [
     "Method",
     "Prepared",
     "Setting",
+    "as_mask",
     "get",
+    "initial_logits",
     "names",
     "option",
     "read_options",

@@ -121,11 +121,11 @@ def run(config: RunConfig | Mapping, session: Session | None = None, progress: b
     opened = _open(config)
     done = finished(opened.folder, opened.config)
     if not done:
+        setting, prepared = _prepare(opened, session or Session())  # before anything is left behind
         with only_writer(opened.folder):
             done = finished(opened.folder, opened.config)  # by the process that was waited for
             if not done:
-                check_folder(opened.folder, opened.header)
-                return _compute(opened, session or Session(), progress)
+                return _compute(opened, setting, prepared, progress)
     print(f"{done.dir} is complete: {len(done.records)} records loaded, nothing computed")
     if opened.config.tensorboard and not list(done.dir.glob("events.out.tfevents.*")):
         write_tensorboard(done, opened.dataset.classnames)
@@ -174,27 +174,40 @@ def _open(config: RunConfig | Mapping) -> _Opened:
     return _Opened(resolved, dataset, folder, header, began)
 
 
-def _compute(opened: _Opened, session: Session, progress: bool) -> Run:
+def _prepare(opened: _Opened, session: Session) -> tuple[methods.Setting, methods.Prepared]:
+    """Model, prompts, augmenter, and the method made ready: it fails before the encoding."""
+    config, dataset = opened.config, opened.dataset
+    clip = session.model(config)
+    setting = methods.Setting(
+        clip=clip,
+        prompts=session.prompts(config, dataset.classnames),
+        dataset=dataset,
+        augmenter=augmenter_of(config, clip.image_size),
+        config=config,
+        cache=Path(config.cache),
+        seed=config.seed,
+        device=config.device,
+    )
+    return setting, methods.get(config.method).ready(options_of(config), setting)
+
+
+def _compute(
+    opened: _Opened, setting: methods.Setting, prepared: methods.Prepared, progress: bool
+) -> Run:
     """Encode, adapt, summarise; the folder is ours."""
     config, dataset, folder = opened.config, opened.dataset, opened.folder
+    prompts, cache = setting.prompts, setting.cache
     if progress:
         print(describe(config), flush=True)
-    clip = session.model(config)
-    prompts = session.prompts(config, dataset.classnames)
-    augmenter = augmenter_of(config, clip.image_size)
-    method, cache = methods.get(config.method), Path(config.cache)
-    setting = methods.Setting(
-        clip, prompts, dataset, augmenter, config, cache, config.seed, config.device
-    )
-    prepared = method.ready(options_of(config), setting)  # fails before hours of encoding
+    check_folder(folder, opened.header)
     write_json(folder / "config.json", opened.header)
     loaded = time.perf_counter()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*images failed")  # reported at the end
         encoded = features.encode(
             dataset,
-            clip,
-            augmenter,
+            setting.clip,
+            setting.augmenter,
             seed=config.seed,
             cache=cache,
             workers=config.workers,
@@ -204,11 +217,10 @@ def _compute(opened: _Opened, session: Session, progress: bool) -> Run:
     if isinstance(prompts, models.Prompts):
         prompts.expect(len(encoded.ids), cache)  # of the whole run, so that resuming changes no bit
     records = resume(folder / "records.jsonl", list(encoded.ids))
-    done = len(records)
-    if done:
+    if done := len(records):
         print(f"{folder.name}: resumed at {done} of {len(encoded.ids)} images")
     # what an online method learns from one image it keeps for the next: all of them in one call
-    size = GROUP if method.kind == "episodic" else len(encoded.ids)
+    size = GROUP if methods.get(config.method).kind == "episodic" else len(encoded.ids)
     with bar(len(encoded.ids), done, config.method, progress) as shown:
         for fresh in _adapt(folder / "records.jsonl", encoded, done, prepared, prompts, size):
             records += fresh

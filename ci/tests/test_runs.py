@@ -1,4 +1,4 @@
-"""experiment: configurations, names, records, and what is left after a kill -9.
+"""runs: configurations, names, records, and what is left after a kill -9.
 
 The world of these tests is small and real: a folder of generated pictures, one of them damaged, and
 a tiny CLIP with random weights in MiniCLIP's file format.
@@ -16,15 +16,14 @@ import time
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import pytest
 import torch
 from PIL import Image
 
-from tpt_nb import losses, metrics, models
-from tpt_nb import runs as experiment
-from tpt_nb.core import files, messages
-from tpt_nb.models import load as load_module
-from tpt_nb.runs import RunConfig, run
+from tpt_nb import losses, metrics, models, runs
+from tpt_nb.core import messages
+from tpt_nb.runs import RunConfig, engine, profile, run
 from tpt_nb.runs import config as config_module
 
 REPO = Path(__file__).resolve().parents[2]
@@ -53,7 +52,7 @@ def world(tmp_path_factory) -> dict:
     (place / "images" / BROKEN).write_bytes(b"\x89PNG not really")
     model = models.build_mini(0, TINY)
     torch.nn.init.normal_(model.text_projection, std=0.5)  # else the classes hardly differ
-    tokens = models.open_clip.get_tokenizer("RN50")([f"a photo of a {c}." for c in CLASSES])
+    tokens = open_clip.get_tokenizer("RN50")([f"a photo of a {c}." for c in CLASSES])
     models.save_mini(model, tokens.flatten().tolist(), place / "tiny.safetensors")
     models.save_coop(place / "coop.pth.tar", torch.randn(4, 64) * 0.02, epoch=1)
     return {
@@ -70,12 +69,13 @@ def world(tmp_path_factory) -> dict:
 
 @pytest.fixture
 def config(world, tmp_path, monkeypatch) -> RunConfig:
-    monkeypatch.setattr(config_module, "GROUP", 8)
-    return RunConfig(**world, out=str(tmp_path / "runs"))
+    for module in (config_module, engine):
+        monkeypatch.setattr(module, "GROUP", 8)
+    return RunConfig.from_dict(world | {"out": str(tmp_path / "runs")})
 
 
-def one_run(config: RunConfig, **changes) -> experiment.Run:
-    return run(dataclasses.replace(config, **changes), progress=False)
+def one_run(config: RunConfig, **changes) -> runs.Run:
+    return run(config.replace(**changes), progress=False)
 
 
 # --- killing -------------------------------------------------------------------------------------
@@ -84,7 +84,7 @@ def one_run(config: RunConfig, **changes) -> experiment.Run:
 def child(config: RunConfig, kill: tuple | None) -> None:
     """One run in a process of its own that sends itself SIGKILL at a chosen point."""
     torch.set_num_threads(1)
-    experiment.GROUP = 8
+    config_module.GROUP = engine.GROUP = 8
     die = lambda: os.kill(os.getpid(), signal.SIGKILL)  # noqa: E731
     what, when = kill or ("never", 0)
     count = 0
@@ -126,17 +126,17 @@ def child(config: RunConfig, kill: tuple | None) -> None:
     if what == "encode":
         models.Clip.encode_views = after(models.Clip.encode_views)
     elif what == "adapt":
-        experiment.to_records = after(experiment.to_records)
+        engine.to_records = after(engine.to_records)
     elif what == "bytes":
-        experiment.open = Torn
+        engine.open = Torn
     elif what == "json":
-        files._write_json = after(files._write_json)
+        engine.write_json = after(engine.write_json)
     run(config, progress=False)
 
 
 # a fork of a clean process that has imported torch: a second start costs milliseconds
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["torch", "open_clip", "scipy.stats", "tpt_nb.experiment", "pandas"])
+SERVER.set_forkserver_preload(["torch", "open_clip", "scipy.stats", "tpt_nb.runs", "pandas"])
 
 
 def start(config: RunConfig, kill: tuple | None = None) -> int:
@@ -153,7 +153,7 @@ def records_of(config: RunConfig) -> bytes:
 
 @pytest.fixture(scope="session")
 def undisturbed(world, tmp_path_factory) -> bytes:
-    config = RunConfig(**world, out=str(tmp_path_factory.mktemp("undisturbed")))
+    config = RunConfig.from_dict(world | {"out": str(tmp_path_factory.mktemp("undisturbed"))})
     assert start(config) == 0
     return records_of(config)
 
@@ -171,7 +171,9 @@ def test_killed_anywhere_and_started_again_leaves_the_same_records(
         ("adapt", 0),  # a group begun, nothing written
         ("json", 1),  # everything there but the summary
     ]
-    config = RunConfig(**{**world, "cache": str(tmp_path / "cache")}, out=str(tmp_path / "runs"))
+    config = RunConfig.from_dict(
+        world | {"cache": str(tmp_path / "cache"), "out": str(tmp_path / "runs")}
+    )
     before = 0
     for kill in kills:
         assert start(config, kill) == -signal.SIGKILL, kill
@@ -187,10 +189,10 @@ def test_killed_anywhere_and_started_again_leaves_the_same_records(
 
 
 def test_killed_from_outside(world, tmp_path, undisturbed):
-    config = RunConfig(**world, out=str(tmp_path))
+    config = RunConfig.from_dict(world | {"out": str(tmp_path)})
     code = (
         "import sys, json, time, torch; torch.set_num_threads(1)\n"
-        "from tpt_nb import experiment as e; e.GROUP = 8\n"
+        "from tpt_nb.runs import config, engine as e; config.GROUP = e.GROUP = 8\n"
         "real = e.to_records\n"
         "e.to_records = lambda *a: (time.sleep(0.3), real(*a))[1]\n"  # time to aim
         "e.run(json.loads(sys.argv[1]), progress=False)"
@@ -245,13 +247,13 @@ def test_two_runs_and_other_workers_give_the_same_records(config, tmp_path):
 
 def test_a_finished_run_is_loaded(config, capsys, monkeypatch):
     first = one_run(config)
-    monkeypatch.setattr(load_module, "load", None)  # nothing may be computed
+    monkeypatch.setattr(models, "load", None)  # nothing may be computed
     capsys.readouterr()
     again = one_run(config)
     out = capsys.readouterr().out
     assert "is complete" in out and BROKEN in out
     assert (again.records, again.summary) == (first.records, first.summary)
-    assert experiment.load_run(first.dir).records == first.records
+    assert runs.load_run(first.dir).records == first.records
 
 
 # --- what a run holds ----------------------------------------------------------------------------
@@ -301,13 +303,13 @@ def test_the_summary_is_computed_from_the_records(config):
 
 
 def test_methods_see_the_same_images_and_prompt(config):
-    runs = {m: one_run(config, method=m) for m in ("zero_shot", "confident_view", "tpt")}
-    for done in runs.values():
-        for r, base in zip(done.records, runs["zero_shot"].records, strict=True):
+    made = {m: one_run(config, method=m) for m in ("zero_shot", "confident_view", "tpt")}
+    for done in made.values():
+        for r, base in zip(done.records, made["zero_shot"].records, strict=True):
             assert r["id"] == base["id"] and r["pred_before"] == base["pred_after"]
             assert r["conf_before"] == pytest.approx(base["conf_after"], abs=2e-5)
-    assert runs["zero_shot"].config.n_aug == 0
-    result = metrics.compare(runs["zero_shot"].records, runs["tpt"].records)
+    assert made["zero_shot"].config.n_aug == 0
+    result = metrics.compare(made["zero_shot"].records, made["tpt"].records)
     assert result["n"] == len(CLASSES) * PER_CLASS and result["only_a"] == 0
 
 
@@ -358,27 +360,27 @@ def test_tensorboard_events_come_from_the_records(config):
 
 
 def test_run_names_say_what_differs(config):
-    name = experiment.run_name
+    name = runs.run_name
     plain = name(config)
     assert plain.startswith("folder_tiny_tpt_")
     assert "seed" not in plain and "lr=" not in plain and "overlap" not in plain
-    changed = dataclasses.replace(config, seed=3, augmix=True, learning_rate=0.01, run_name="mine")
+    changed = config.replace(seed=3, augmix=True, learning_rate=0.01, run_name="mine")
     for part in ("mine_", "seed=3", "augmix=True", "lr=0.01"):
         assert part in name(changed)
-    same = dataclasses.replace(
-        config, workers=2, tensorboard=True, learning_rate=5e-3, loss="defaultTPT", overlap=0,
+    same = config.replace(
+        workers=2, tensorboard=True, learning_rate=5e-3, loss="defaultTPT", overlap=0,
         augmenter="AugmenterTPT", out="elsewhere", device="auto" if not torch.cuda.is_available()
         else "cpu",
     )  # fmt: skip
     assert name(same) == plain
-    assert len(name(dataclasses.replace(config, ctx_init="a photo of a / " * 90))) < 200
+    assert len(name(config.replace(ctx_init="a photo of a / " * 90))) < 200
 
 
 def test_weights_count_by_content(config, tmp_path):
-    name = experiment.run_name(config)
+    name = runs.run_name(config)
     file = tmp_path / "tiny.safetensors"
     models.save_mini(models.build_mini(1, TINY), [1, 2, 3], file)
-    assert experiment.run_name(dataclasses.replace(config, model=str(file))) != name
+    assert runs.run_name(config.replace(model=str(file))) != name
 
 
 def test_a_folder_of_another_run_is_refused(config):
@@ -415,6 +417,8 @@ BAD = [
     ({"templates": "eight"}, "unknown templates 'eight'.*seven"),
     ({"templates": "seven"}, "no context.*tpt"),
     ({"optimizer": "adam"}, "unknown optimizer.*adamw"),
+    ({"lambda_q": 3.0}, "lambda_q=3.0 is for method 'mta', not 'tpt'"),
+    ({"options": {"stepps": 2}}, "unknown option of tpt 'stepps'; did you mean"),
     ({"exact": "slow"}, "unknown exact.*paper"),
     ({"selection_p_all": 0.0}, r"selection_p_all is 0.0; it must be a fraction in \(0, 1\]"),
     ({"selection_p_all": 1.5}, r"selection_p_all is 1.5"),
@@ -475,7 +479,7 @@ def test_a_set_without_readable_images_is_an_error(config, tmp_path):
 def test_auto_is_mini_without_a_gpu_and_says_why_once(config, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(messages, "_said", set())
-    assert experiment.choose_profile(RunConfig()) == ("mini", "no CUDA GPU here")
+    assert runs.choose_profile(RunConfig()) == ("mini", "no CUDA GPU here")
     one_run(config)
     one_run(config, n_aug=3)
     out = capsys.readouterr().out
@@ -486,26 +490,24 @@ def test_auto_is_mini_without_a_gpu_and_says_why_once(config, monkeypatch, capsy
 @pytest.mark.parametrize("weights", [False, True])
 @pytest.mark.parametrize("data", [False, True])
 def test_auto_is_full_only_where_everything_is_there(monkeypatch, gpu, weights, data):
-    from tpt_nb.datasets import registry
-
     def load(name, **_):
         if not data:
             raise FileNotFoundError(f"{name} is not downloaded")
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    monkeypatch.setattr(config_module, "weights_here", lambda model: weights)
-    monkeypatch.setattr(registry, "load", load)
-    profile, why = experiment.choose_profile(RunConfig())
-    assert profile == ("full" if gpu and weights and data else "mini")
+    monkeypatch.setattr(profile, "weights_here", lambda model: weights)
+    monkeypatch.setattr(profile.datasets, "load", load)
+    chosen, why = runs.choose_profile(RunConfig())
+    assert chosen == ("full" if gpu and weights and data else "mini")
     missing = {"GPU": gpu, "weights": weights, "downloaded": data}
     word = next((word for word, there in missing.items() if not there), "are here")
     assert word in why
-    assert experiment.choose_profile(RunConfig(dataset="iconshift-a"))[0] == "mini"
-    assert experiment.choose_profile(RunConfig(profile="full"))[0] == "full"
+    assert runs.choose_profile(RunConfig(dataset="iconshift-a"))[0] == "mini"
+    assert runs.choose_profile(RunConfig(profile="full"))[0] == "full"
 
 
 def test_importing_is_light():
-    code = "import sys, tpt_nb.experiment, tpt_nb.__main__; print('torch' in sys.modules)"
+    code = "import sys, tpt_nb.__main__; print('torch' in sys.modules)"
     with contextlib.chdir(REPO):
         out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert out.stdout.strip() == "False", out.stderr
