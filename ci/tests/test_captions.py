@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from open_clip.tokenizer import SimpleTokenizer
 from PIL import Image
-from test_experiment import CLASSES, PER_CLASS, world  # noqa: F401 (a fixture)
+from test_runs import CLASSES, PER_CLASS, world  # noqa: F401 (a fixture)
 
 from tpt_nb import datasets, methods
 from tpt_nb.core.paths import DATA
@@ -172,7 +172,7 @@ def test_keyword_is_keyberts(mini, captioner):
             return mini.encode_text(list(documents)).numpy()
 
     theirs = keybert.KeyBERT(model=Backend())
-    model = caption_prompts.ViTGPT2(keywords=theirs)
+    model = caption_prompts.ViTGPT2(keybert=theirs)
     for text in (SCENE, "a dark cartoon of a tiny owl at the top", "two dogs in the snow"):
         found = theirs.extract_keywords(text, keyphrase_ngram_range=(1, 1), stop_words=None)
         a, b = captioner.keyword(text)

@@ -6,7 +6,9 @@ A captioner has ``captions(features [B,D], ids) -> list[str]`` and ``keyword(cap
 import functools
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,6 +37,12 @@ def sentence(thing: str, noun: str, look: str, size: str, place: str, background
     """ "a bright cartoon of a large cat on the left, striped background"."""
     text = " ".join(w for w in ("a", look, noun, "of a", size, thing, place) if w)
     return text + (f", {background} background" if background else "")
+
+
+_NEEDS = (
+    "the captioner vit-gpt2 needs {}: pip install -r ci/requirements-extras.txt. "
+    "captioner=clip works without it."
+)
 
 
 class ClipCaptioner:
@@ -85,36 +93,31 @@ class ClipCaptioner:
         return spans[int((features[1:] @ features[0]).argmax())]
 
 
+@dataclass
 class ViTGPT2:
     """The project's captioner and keyword: ViT-GPT2 and KeyBERT, loaded when first used.
 
-    Args:
-        device: of the captioner.
-        name: on the Hugging Face hub, or a folder.
-        fetch: image id -> PIL image, for :meth:`captions`.
-        cache: JSON file of captions by image id; None keeps none.
-        keywords: a KeyBERT; None makes the default one.
+    ``name`` is one on the Hugging Face hub, or a folder; ``fetch`` gives the PIL image of an id,
+    for :meth:`captions`; ``cache`` is a JSON file of captions by id; ``keybert`` None the usual.
     """
 
-    def __init__(
-        self,
-        device: str = "cpu",
-        name: str = "nlpconnect/vit-gpt2-image-captioning",
-        fetch: Callable | None = None,
-        cache: Path | None = None,
-        keywords=None,
-    ) -> None:
-        self.device, self.name, self.fetch, self.cache = device, name, fetch, cache
-        self._keyword_model = keywords
-        there = cache is not None and cache.is_file()
-        self._known: dict[str, str] = json.loads(cache.read_text("utf-8")) if there else {}
+    device: str = "cpu"
+    name: str = "nlpconnect/vit-gpt2-image-captioning"
+    fetch: Callable | None = None
+    cache: Path | None = None
+    keybert: Any = None
+
+    @functools.cached_property
+    def _known(self) -> dict[str, str]:
+        there = self.cache is not None and self.cache.is_file()
+        return json.loads(self.cache.read_text("utf-8")) if there else {}
 
     @functools.cached_property
     def _parts(self) -> tuple:
         try:
             from transformers import AutoTokenizer, VisionEncoderDecoderModel, ViTImageProcessor
         except ImportError:
-            raise ValueError(_needs("transformers")) from None
+            raise ValueError(_NEEDS.format("transformers")) from None
         try:
             model = VisionEncoderDecoderModel.from_pretrained(self.name).to(self.device).eval()
             others = (ViTImageProcessor, AutoTokenizer)
@@ -127,15 +130,14 @@ class ViTGPT2:
 
     def caption(self, image) -> str:
         """Caption of a PIL image."""
-        return self.caption_batch([image])[0]
+        return self._write([image])[0]
 
     @torch.no_grad()
-    def caption_batch(self, images: Sequence) -> list[str]:
-        """Captions of PIL images: beam search, 4 beams, at most 16 tokens, as the project has."""
+    def _write(self, images: Sequence) -> list[str]:
         model, processor, tokenizer = self._parts
         rgb = [as_rgb(image) for image in images]
         pixels = processor(images=rgb, return_tensors="pt").pixel_values.to(self.device)
-        ids = model.generate(pixels, max_length=16, num_beams=4)
+        ids = model.generate(pixels, max_length=16, num_beams=4)  # as the project has it
         return [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
     def captions(self, features: Tensor, ids: Sequence[str]) -> list[str]:
@@ -144,7 +146,7 @@ class ViTGPT2:
         if missing:
             if self.fetch is None:
                 raise ValueError("this captioner needs the images: give it fetch.")
-            texts = self.caption_batch([self.fetch(i) for i in missing])
+            texts = self._write([self.fetch(i) for i in missing])
             self._known.update(zip(missing, texts, strict=True))
             if self.cache is not None:
                 self.cache.parent.mkdir(parents=True, exist_ok=True)
@@ -153,23 +155,16 @@ class ViTGPT2:
 
     def keyword(self, caption: str) -> Span | None:
         """Place of KeyBERT's best word in the caption; None if there is none."""
-        if self._keyword_model is None:
+        if self.keybert is None:
             try:
                 from keybert import KeyBERT
             except ImportError:
-                raise ValueError(_needs("keybert")) from None
-            self._keyword_model = KeyBERT()
-        found = self._keyword_model.extract_keywords(
+                raise ValueError(_NEEDS.format("keybert")) from None
+            self.keybert = KeyBERT()
+        found = self.keybert.extract_keywords(
             caption, keyphrase_ngram_range=(1, 1), stop_words=None
         )
         return find_word(caption, found[0][0]) if found else None
-
-
-def _needs(package: str) -> str:
-    return (
-        f"the captioner vit-gpt2 needs {package}: pip install -r ci/requirements-extras.txt. "
-        "captioner=clip works without it."
-    )
 
 
 def make_captioner(name: str, clip: Clip, dataset, cache: str | Path | None = None):

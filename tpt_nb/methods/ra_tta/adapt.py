@@ -141,13 +141,10 @@ def trace(
     options: Options | None = None,
     without: str | None = None,
 ) -> Trace:
-    """RA-TTA for one image.
+    """RA-TTA for one image: views ``[V,D]`` unit norm, view 0 the un-augmented image.
 
-    Args:
-        views: ``[V,D]`` unit norm, view 0 the un-augmented image.
-        database: may be None if ``options.retrieval`` is not "images".
-        scale: exp(logit_scale).
-        without: group of the database that is not looked at.
+    ``scale`` is exp(logit_scale), ``without`` a group of the database that is not looked at; there
+    may be no database if ``options.retrieval`` is not "images".
     """
     options = options or Options()
     views = views.float().cpu()
@@ -209,13 +206,11 @@ def ra_tta(
     knowledge: Knowledge | None = None,
     ids: Sequence[str] | None = None,
 ) -> Adapted:
-    """RA-TTA on a batch: features ``[B,V,D]`` with view 0 first.
+    """RA-TTA on a batch: features ``[B,V,D]`` with view 0 first; every view is used.
 
     ``logits`` are log probabilities, ``loss`` the entropy of the fused prediction;
-    ``logits_before`` is the zero-shot prediction under the initial prompt. Every view is used.
-
-    Args:
-        ids: of the images, to leave out the group of the database that each belongs to.
+    ``logits_before`` is the zero-shot prediction under the initial prompt. With ``ids`` of the
+    images, the group of the database that each belongs to is left out.
     """
     check_features(features, prompts)
     if knowledge is None:
