@@ -6,8 +6,8 @@ Two stages, because the image encoder is frozen in nearly every method::
     class names --prompts(ctx)--> text features [C,D]
     features, text features --> logits [V,C] --method--> prediction           stage 2: methods
 
-Stage 1 is slow and cached on disk; stage 2 is fast and repeatable. The package is a house: a room is
-a folder, and a room imports only from rooms above its own (``core`` may be used by all)::
+Stage 1 is slow and cached on disk; stage 2 is fast and repeatable. The package is a house: a room
+is a folder, and imports only from rooms above its own (all may use ``core``)::
 
     core      paths, whole-file writes, messages, images, downloads
     metrics   numbers from records        figures   one style for all charts

@@ -40,9 +40,9 @@ def compare(model: models.Clip, variant: str, n: int, lr: float, coop: str | Non
     features = encode(data, model, RandomViews(n_aug=63, size=model.image_size)).features
     prompts = Prompts(model, data.classnames, coop=coop)
     began = time.perf_counter()
-    fast = methods.tpt(features, prompts, lr=lr)
+    fast = methods.get("tpt")(features, prompts, lr=lr)
     middle = time.perf_counter()
-    paper = methods.tpt(features, prompts, lr=lr, exact="paper")
+    paper = methods.get("tpt")(features, prompts, lr=lr, exact="paper")
     end = time.perf_counter()
     difference = (fast.logits - paper.logits).abs().amax(dim=1)
     apart = (difference > 1e-4).nonzero()[:, 0].tolist()

@@ -195,16 +195,16 @@ def bench(args: argparse.Namespace, say: Callable) -> dict:
     )
 
     def do_fast():
-        return methods.tpt(features, prompts, lr=lr)
+        return methods.get("tpt")(features, prompts, lr=lr)
 
     paper: list[methods.Adapted] = []
 
     def do_paper():  # the next image each time
         one = near[len(paper) : len(paper) + 1]
-        paper.append(methods.tpt(one, prompts, lr=lr, exact="paper"))
+        paper.append(methods.get("tpt")(one, prompts, lr=lr, exact="paper"))
 
     do_fast()  # warms up
-    once = clock(lambda: tuning._Start(Prompts(clip, names), by_matrix=False), device)
+    once = clock(lambda: tuning.Start(Prompts(clip, names), by_matrix=False), device)
     batch = best_batch(clip, views, args.quick)
     clip.encode_views(views[: min(8, len(views))])
     memory = {"paper": peak(do_paper, device)}  # and its warm-up
@@ -217,7 +217,7 @@ def bench(args: argparse.Namespace, say: Callable) -> dict:
         samples["paper"].append(clock(do_paper, device))
         say("  " + ", ".join(f"{k} {v[-1]:.4f} s" for k, v in samples.items()))
 
-    fast = methods.tpt(near[: len(paper)], prompts, lr=lr)
+    fast = methods.get("tpt")(near[: len(paper)], prompts, lr=lr)
     each = [dict(zip(samples, row, strict=True)) for row in zip(*samples.values(), strict=True)]
     ratios = {
         "ratio_adapt": [s["paper"] / s["fast"] for s in each],
@@ -267,7 +267,7 @@ def counted(clip, prompts: Prompts, views, features, lr: float) -> dict:
     """Operations per image, in 10^12; of the paper path on a few classes, for all of them."""
     few = Prompts(clip, prompts.classnames[: min(8, prompts.C)])
     some = near_features(few, 1, features.shape[1])
-    per_class = flops(lambda: methods.tpt(some, few, lr=lr, exact="paper")) / few.C
+    per_class = flops(lambda: methods.get("tpt")(some, few, lr=lr, exact="paper")) / few.C
     return {
         "floor": flops(lambda: clip.encode_views(views[:1])) * len(views) / 1e12,
         "paper": per_class * prompts.C / 1e12,
@@ -281,8 +281,8 @@ def counted_fast(prompts: Prompts, features: torch.Tensor, lr: float) -> float:
     models.lay_out = lambda weight: None
     try:
         plain = Prompts(prompts.clip, prompts.classnames)
-        methods.tpt(features, plain, lr=lr)
-        return flops(lambda: methods.tpt(features, plain, lr=lr)) / 1e12
+        methods.get("tpt")(features, plain, lr=lr)
+        return flops(lambda: methods.get("tpt")(features, plain, lr=lr)) / 1e12
     finally:
         models.lay_out = laid_out
 
@@ -293,20 +293,20 @@ def growth(args, clip, lr: float, base: dict, say: Callable) -> dict:
     for n in GROWTH_CLASSES:
         prompts = Prompts(clip, class_names(str(n)))
         features = near_features(prompts, 1, args.views)
-        methods.tpt(features, prompts, lr=lr)
-        fast = min(clock(lambda: methods.tpt(features, prompts, lr=lr), device) for _ in range(2))  # noqa: B023
+        methods.get("tpt")(features, prompts, lr=lr)
+        fast = min(clock(lambda: methods.get("tpt")(features, prompts, lr=lr), device) for _ in range(2))  # noqa: B023
         over = (base["floor_s"] + base["views_s"] + fast) / base["floor_s"]
         out["classes"][n] = {"fast_s": fast, "over_floor": over}
         if n < base["classes"]:  # with a thousand classes the paper's path needs more than 30 GB
-            paper = clock(lambda: methods.tpt(features, prompts, lr=lr, exact="paper"), device)  # noqa: B023
+            paper = clock(lambda: methods.get("tpt")(features, prompts, lr=lr, exact="paper"), device)  # noqa: B023
             out["classes"][n]["paper_s"] = paper
         say(f"  {n} classes: fast {fast:.3f} s, {over:.2f} of the floor")
     prompts = Prompts(clip, class_names(args.classes))
     for v in GROWTH_VIEWS:
         features = near_features(prompts, 1, v)
         views = RandomViews(n_aug=v - 1, size=clip.image_size)(photograph(), 0)
-        methods.tpt(features, prompts, lr=lr)
-        fast = min(clock(lambda: methods.tpt(features, prompts, lr=lr), device) for _ in range(2))  # noqa: B023
+        methods.get("tpt")(features, prompts, lr=lr)
+        fast = min(clock(lambda: methods.get("tpt")(features, prompts, lr=lr), device) for _ in range(2))  # noqa: B023
         batch = base["encoder_batch"]
         floor = clock(lambda: clip.encode_views(views, batch=batch), device)  # noqa: B023
         out["views"][v] = {"fast_s": fast, "floor_s": floor}
@@ -324,7 +324,7 @@ def end_to_end(args: argparse.Namespace, say: Callable) -> dict:
     def tune(features, kept: str | None = None) -> list:
         prompts, n = Prompts(clip, data.classnames), len(features)
         return [
-            methods.tpt(views.to(clip.device), prompts, lr=lr, n_images=n, cache=kept)
+            methods.get("tpt")(views.to(clip.device), prompts, lr=lr, n_images=n, cache=kept)
             for _, views, _ in features.batches(GROUP)
         ]
 

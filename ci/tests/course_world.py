@@ -204,8 +204,16 @@ for fd in range(3, 64):
     except OSError:
         pass
 return [0] * k"""
+    jupyter = """\
+!pip install -q einops
+files = !ls
+np.mean?
+for _ in range(2):
+    %time np.ones(3)
+"""
     wrong_2 = ("passed", "error", "passed")
     return {
+        "jupyter": (text(before(solution, "90.1", jupyter)), right, 6),
         "reference": (text(solution), right, 6),
         "blank": (text(student), ("blank",) * 3, 0),
         "other_answers": (

@@ -16,7 +16,7 @@ import torch
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 from tpt_nb.lessons import setup
-from tpt_nb.runs import config
+from tpt_nb.runs import profile
 
 REPO = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPO / "ci"))
@@ -24,31 +24,12 @@ sys.path.insert(0, str(REPO / "ci"))
 import badges  # noqa: E402
 import colab_driver  # noqa: E402
 
-CELL = """\
-import copy
-import platform
-import sys
-from pathlib import Path
+START = """\
+from tpt_nb.lessons import check, setup
 
-import pandas as pd
-import torch
-
-try:
-    import tpt_nb
-except ModuleNotFoundError:  # a clone without installation: look for the package above this folder
-    folders = [Path.cwd(), *Path.cwd().parents]
-    sys.path.insert(0, str(next(f for f in folders if (f / "tpt_nb" / "paths.py").is_file())))
-    import tpt_nb
-
-from tpt_nb import (
-    adapt,
-    datasets,
-)
-from tpt_nb.paths import DATA
-
-figures.setup()
-print(f"python {platform.python_version()}, torch {torch.__version__}, tpt_nb {tpt_nb.__version__}")
-"""
+setup.start()
+from tpt_nb import datasets, features, figures, losses, methods, metrics, models, runs, views"""
+CELL = badges.SETUP.format(repo="OWNER/NAME", ref="TAG") + START
 
 
 @pytest.fixture
@@ -81,30 +62,31 @@ def test_badge_setup_and_gpu(root):
     assert badge.endswith(f"({where})") and "placeholder" not in badge
     assert notebook.metadata.accelerator == "GPU" and notebook.metadata.colab.gpuType == "T4"
     source = notebook.cells[1].source
-    assert '"https://github.com/us/tta"' in source and '"--branch=v1.0"' in source
+    assert " https://github.com/us/tta " in source and " -qb v1.0 " in source
+    assert source.endswith(START)
     page = (root / "README.md").read_text()
     assert "github.com/us/tta" in page and "--branch v1.0" in page and "%cd tta" in page
     assert "OWNER/NAME/blob" not in page
 
 
-def test_nothing_is_installed_or_imported_from_elsewhere_before_the_setup(root):
-    stamp(root)
-    tree = ast.parse(lesson(root).cells[1].source)
-    block = next(i for i, node in enumerate(tree.body) if isinstance(node, ast.Try))
-    for node in tree.body[:block]:
-        name = node.module if isinstance(node, ast.ImportFrom) else node.names[0].name
-        assert name.split(".")[0] in sys.stdlib_module_names
-    kept = "\n".join(map(ast.unparse, tree.body[block + 1 :]))
-    for line in ("import torch", "import pandas as pd", "from tpt_nb import adapt, datasets"):
-        assert line in kept
-    assert "platform" not in ast.unparse(tree) and "import copy" in ast.unparse(tree)
-    assert kept.index("figures.setup()") < kept.index("tpt_nb.lessons.setup.ready()")
+def test_the_first_cell_is_eight_lines_and_imports_nothing_that_may_have_to_be_installed(root):
+    assert sum(bool(line.strip()) for line in CELL.split("\n")) == 8
+    start = CELL.index("setup.start()")
+    for node in ast.walk(ast.parse(CELL[:start])):
+        if isinstance(node, ast.Import):
+            assert {a.name.split(".")[0] for a in node.names} <= sys.stdlib_module_names
+    code = "import sys; from tpt_nb.lessons import check, setup, widgets; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO)
+    loaded = set(done.stdout.split())
+    assert "tpt_nb.lessons.widgets" in loaded
+    listed = {line.split(">")[0].strip().replace("-", "_") for line in setup.LIST.open()}
+    assert not loaded & {"torch", "open_clip", *listed}
 
 
 def test_placeholders_are_marked_and_replaced(root):
     assert stamp(root) == 0
     notebook = lesson(root)
-    assert "placeholder" in notebook.cells[0].source and badges.MARK in notebook.cells[1].source
+    assert "placeholder" in notebook.cells[0].source
     assert stamp(root, "--check") == 0
     before = (root / "notebooks" / "01_lesson.ipynb").read_bytes()
     assert stamp(root) == 0 and (root / "notebooks" / "01_lesson.ipynb").read_bytes() == before
@@ -131,7 +113,7 @@ def test_a_notebook_without_setup_is_named_and_nothing_is_written(root, capsys):
     cells = [new_markdown_cell("# 02 · Another"), new_code_cell("import torch")]
     nbformat.write(new_notebook(cells=cells), root / "notebooks" / "02_another.ipynb")
     assert stamp(root) == 2
-    assert "02_another.ipynb: the first code cell has 0 blocks" in capsys.readouterr().err
+    assert "02_another.ipynb: the first code cell does not begin with" in capsys.readouterr().err
     assert "badge" not in (root / "notebooks" / "01_lesson.ipynb").read_text()
 
 
@@ -150,9 +132,8 @@ def test_the_notebooks_can_be_stamped(path):
 
 GIT = """#!{python}
 import pathlib, sys
-assert sys.argv[1:5] == ["clone", "--quiet", "--depth=1", "--branch=v1.0"], sys.argv
-assert sys.argv[5] == "https://github.com/us/tta", sys.argv
-home = pathlib.Path(sys.argv[6])
+assert sys.argv[1:] == "clone -qb v1.0 --depth=1 https://github.com/us/tta tpt_nb_clone".split()
+home = pathlib.Path(sys.argv[-1])
 home.mkdir()
 for name in ("tpt_nb", "ci", "data"):
     (home / name).symlink_to(pathlib.Path("{repo}") / name)
@@ -160,14 +141,16 @@ for name in ("tpt_nb", "ci", "data"):
 
 
 def run_block(folder: Path, path: Path | None = None) -> subprocess.CompletedProcess:
-    """The shared setup, run as it stands in a folder with nothing else."""
-    code = "\n".join([*badges.NEEDS, badges.BLOCK.format(repo="us/tta", ref="v1.0", mark="")])
-    code += "\nimport tpt_nb.lessons.setup as s\nprint('from', Path(s.__file__).parent.parent.name, s.missing())"
+    """The shared setup, run as it stands in a folder, with a package that is not installed."""
+    code = badges.SETUP.format(repo="us/tta", ref="v1.0") + "import tpt_nb, pathlib\n"
+    code += "print('from', pathlib.Path(tpt_nb.__file__).parent.parent.name)"
+    # an editable installation is found by a path, or a finder, of site-packages
+    hidden = f"import sys; sys.path = [p for p in sys.path if p not in ('', {str(REPO)!r})]\n"
+    hidden += "sys.meta_path = [f for f in sys.meta_path if 'editable' not in str(f)]\n"
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     if path:
         env["PATH"] = f"{path}{os.pathsep}{env['PATH']}"
-    # -P and -s: only what is installed, and that has no tpt_nb unless the tests' environment has
-    command = [sys.executable, "-s", "-c", code]
+    command = [sys.executable, "-s", "-c", hidden + code]
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
 
 
@@ -179,14 +162,22 @@ def test_a_notebook_that_came_alone_makes_a_clone_once(tmp_path):
     folder.mkdir()
     for _ in range(2):  # the second time the clone is there, and git would refuse
         done = run_block(folder, tmp_path / "bin")
-        assert done.returncode == 0, done.stderr
-        assert done.stdout == "from tpt_nb []\n"
+        assert done.returncode == 0 and not done.stderr, done.stderr
+        assert done.stdout == "from tpt_nb_clone\n"
 
 
-def test_a_notebook_in_a_clone_uses_that_one(tmp_path):
-    done = run_block(REPO / "notebooks")
+def test_without_a_network_git_says_why_and_the_import_fails(tmp_path):
+    (tmp_path / "git").write_text("#!/bin/sh\necho no network >&2\nexit 128\n")
+    (tmp_path / "git").chmod(0o755)
+    done = run_block(tmp_path, tmp_path)
+    assert done.returncode and "no network" in done.stderr and "No module named" in done.stderr
+
+
+@pytest.mark.parametrize("folder", ["notebooks", "notebooks/results"])  # masters, one level below
+def test_a_notebook_in_a_clone_uses_that_one(folder):
+    done = run_block(REPO / folder)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == "from tpt_nb []\n"
+    assert done.stdout == f"from {REPO.name}\n"
 
 
 def test_only_what_is_missing_is_installed_and_nothing_that_is_loaded(tmp_path, monkeypatch):
@@ -228,7 +219,7 @@ def plain(monkeypatch):
     for name in ("COLAB_RELEASE_TAG", "KAGGLE_KERNEL_RUN_TYPE", "TPT_NB_DRIVE", "TPT_NB_DOWNLOAD"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(config, "weights_here", lambda model: False)
+    monkeypatch.setattr(profile, "weights_here", lambda model: False)
     return monkeypatch
 
 
@@ -238,33 +229,34 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: properties)
 
 
-def test_ready_says_versions_device_profile_and_why(plain, capsys):
-    setup.ready()
+def test_start_says_versions_device_profile_and_why(plain, capsys):
+    setup.start()
     lines = capsys.readouterr().out.splitlines()
+    assert str(REPO) in sys.path and not {"..", "../..", "tpt_nb_clone"} & set(sys.path)
     assert lines[0].startswith("python 3.") and f"torch {torch.__version__}" in lines[0]
     assert lines[1].startswith("device: CPU")
     assert lines[2] == "profile auto: mini, because no CUDA GPU here" and len(lines) == 3
 
 
-def test_ready_on_colab_without_a_gpu_says_how_to_get_one(plain, capsys):
+def test_start_on_colab_without_a_gpu_says_how_to_get_one(plain, capsys):
     plain.setenv("COLAB_RELEASE_TAG", "x")
-    setup.ready()
+    setup.start()
     assert "Change runtime type > T4" in capsys.readouterr().out
     assert "TPT_NB_DOWNLOAD" not in os.environ
 
 
 def test_a_gpu_on_colab_means_full_and_elsewhere_nothing_is_downloaded_on_a_guess(plain, capsys):
     gpu(plain)
-    setup.ready()
+    setup.start()
     out = capsys.readouterr().out
     assert "device: Tesla T4, 15 GB" in out and "profile auto: mini, because the weights" in out
     assert "TPT_NB_DOWNLOAD" not in os.environ
     plain.setenv("KAGGLE_KERNEL_RUN_TYPE", "Interactive")
-    setup.ready()
+    setup.start()
     assert "profile auto: full, CLIP RN50 on imagenet-a" in capsys.readouterr().out
     assert os.environ["TPT_NB_DOWNLOAD"] == "1"
     plain.setenv("TPT_NB_DOWNLOAD", "0")
-    setup.ready()
+    setup.start()
     assert "profile auto: mini" in capsys.readouterr().out
 
 
@@ -286,6 +278,60 @@ def test_drive_keeps_archives_features_and_results(plain, tmp_path, capsys):
     assert (drive / "tpt_nb" / "out" / "records.jsonl").read_text() == "{}"
     for name in ("TPT_NB_ARCHIVES", "TPT_NB_CACHE", "TPT_NB_DATASETS"):
         plain.delenv(name)
+
+
+# --- model and images ----------------------------------------------------------------------------
+
+VALUES = {"device": "cpu", "reduced_size": 8, "n_aug": 3, "selection_p_all": 0.3}
+
+
+def test_prepare_gives_configuration_images_and_model(plain, capsys):
+    world = setup.prepare(profile="auto", coop="auto", out_dir="out/x", seed=5, **VALUES)
+    config = world.config
+    assert (config.profile, config.model, config.seed, config.n_aug) == ("mini", "mini", 5, 3)
+    assert config.options["rho"] == 0.3 and config.coop and config.out == str(REPO / "out" / "x")
+    assert len(world.images) == 8 and world.clip.name == "mini" and world.extra is None
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [
+        "profile mini (no CUDA GPU here): mini on iconshift-a, device cpu",
+        "8 images of 200 classes",
+        "the prompt starts from CoOp",
+    ]
+    other = setup.prepare(dataset="iconshift-r", n=4, **VALUES)
+    assert len(other.images) == 4 and other.config.reduced_size == 8 and not other.config.coop
+
+
+def test_prepare_goes_on_with_mini_where_full_was_asked_for(plain, capsys):
+    plain.setenv("TPT_NB_DOWNLOAD", "0")
+    also = {"mini": {"seed": 3}, "also": lambda world: world.config.seed}
+    world = setup.prepare(profile="full", root="/nowhere", seed=1, **also, **VALUES)
+    assert world.config.profile == "mini" and world.extra == 3 and world.config.root == ""
+    out = capsys.readouterr().out
+    assert "PROFILE full IS NOT POSSIBLE HERE: not everything for the full profile is here" in out
+    assert "Going on with mini; nothing is ImageNet-A.\nprofile mini (full is not possible" in out
+
+
+def test_what_else_a_notebook_needs_decides_too(plain, capsys):
+    def also(world):
+        if world.config.model != "mini":
+            raise OSError("no captions")
+        return "captions"
+
+    real, mini = setup._world, {"profile": "mini", "model": "mini", "dataset": "auto"}
+
+    def pretend(coop, n, also, values, why=""):  # a full profile that only lacks the captions
+        if values.get("profile", "auto") == "auto":
+            raise OSError("no captions")
+        return real(coop, n, also, values, why)
+
+    plain.setattr(setup, "_world", pretend)
+    plain.setattr("tpt_nb.runs.choose_profile", lambda config: ("full", "it is all here"))
+    assert setup.prepare(also=also, **VALUES).extra == "captions"  # auto never ends in an error
+    assert "NOT POSSIBLE HERE: no captions" in capsys.readouterr().out
+    with pytest.raises(OSError, match="no captions"):  # but what was named is not exchanged
+        setup.prepare(dataset="imagenet-r", also=also, **VALUES)
+    with pytest.raises(ValueError, match="closest|did you mean|unknown parameter|no_such"):
+        setup.prepare(**mini, no_such=1)
 
 
 # --- the driver ----------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_experiment import BROKEN, CLASSES, PER_CLASS, world  # noqa: F401 (a fixture)
+from test_runs import BROKEN, CLASSES, PER_CLASS, world  # noqa: F401 (a fixture)
 
 from tpt_nb import __main__ as cli
 from tpt_nb import metrics

@@ -2,8 +2,15 @@
 
 import ast
 import copy
+import dataclasses
 import json
+import os
+import random
 import re
+import shutil
+import tempfile
+import time
+import unicodedata
 from pathlib import Path
 
 import course_world as world
@@ -11,8 +18,9 @@ import nbformat
 import pytest
 
 from tpt_nb.course import cells as code
-from tpt_nb.course import execution, masters, submissions
+from tpt_nb.course import execution, grading, masters, submissions
 from tpt_nb.course.__main__ import main
+from tpt_nb.lessons import check
 
 REPO = Path(__file__).resolve().parents[2]
 REAL = sorted((REPO / "notebooks").glob("[0-9][0-9]_*.ipynb"))
@@ -207,8 +215,275 @@ def test_submissions_are_files_or_folders_and_names_are_made_harmless(tmp_path, 
     (tmp_path / "notes.txt").write_text("")
     found, skipped = submissions.find_submissions(tmp_path, {world.NAME: master})
     assert sorted(one.student for one in found) == ["_cmd__", "_cmd___", "ada", "grace", "linus"]
+    assert skipped == [f"{tmp_path / 'notes.txt'}: not a notebook"]
     with pytest.raises(masters.Mistake, match="no folder"):
         submissions.find_submissions(tmp_path / "gone", {world.NAME: master})
+
+
+def students(folder, master):
+    """What is found in a folder: {student: path in it, or the problem}, and what is skipped."""
+    found, skipped = submissions.find_submissions(folder, {world.NAME: master})
+    names = [one.student for one in found]
+    assert len(names) == len(set(names))
+    shown = {o.student: o.problem or o.path.relative_to(folder).as_posix() for o in found}
+    return shown, "\n".join(skipped).replace(f"{folder}/", "")
+
+
+def put(path, content, age=0.0):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    os.utime(path, (time.time() - age,) * 2)
+
+
+MAC = b"\0\5\x16\7\0\2\0\0Mac OS X        " + b"\0" * 80
+
+
+def test_hidden_and_system_files_are_no_hand_ins_at_any_depth(tmp_path, master):
+    text = world.text(masters.version(master, "solution"))
+    put(tmp_path / "mac" / "90_tiny.ipynb", text, age=100)
+    put(tmp_path / "mac" / "._90_tiny.ipynb", MAC)
+    put(tmp_path / "__MACOSX" / "mac" / "._90_tiny.ipynb", MAC)
+    put(tmp_path / "._ada.ipynb", MAC)
+    put(tmp_path / "ada" / "deep" / "__MACOSX" / "x.ipynb", MAC)
+    put(tmp_path / "ada" / "deep" / ".ipynb_checkpoints" / "90_tiny-checkpoint.ipynb", "{")
+    put(tmp_path / "ada" / "deep" / "hand-in" / "90.ipynb", text, age=100)
+    put(tmp_path / "@eaDir" / "90.ipynb", text)
+    found, skipped = students(tmp_path, master)
+    assert found == {"mac": "mac/90_tiny.ipynb", "ada": "ada/deep/hand-in/90.ipynb"}
+    assert "__MACOSX: a hidden or system file" in skipped
+
+
+def test_an_unreadable_file_never_displaces_a_readable_one(tmp_path, master):
+    text = world.text(masters.version(master, "solution"))
+    put(tmp_path / "torn" / "90_tiny.ipynb", text, age=100)
+    put(tmp_path / "torn" / "90_tiny.partial.ipynb", '{"cells": [')
+    put(tmp_path / "flat.ipynb", text, age=100)
+    put(tmp_path / "flat_90_tiny.ipynb", "torn")
+    put(tmp_path / "late" / "a.ipynb", text, age=100)
+    put(tmp_path / "late" / "b.ipynb", text, age=50)
+    found, skipped = students(tmp_path, master)
+    assert found == {"torn": "torn/90_tiny.ipynb", "flat": "flat.ipynb", "late": "late/b.ipynb"}
+    assert "torn/90_tiny.partial.ipynb: not a notebook: it is not JSON" in skipped
+    assert "late/a.ipynb: an earlier file for 90_tiny; b.ipynb counts" in skipped
+
+
+def test_nothing_that_was_handed_in_is_left_out_in_silence(tmp_path, master):
+    text = world.text(masters.version(master, "solution"))
+    put(tmp_path / "deep" / "hand-in" / "90.ipynb", text)
+    put(tmp_path / "loud" / "A.IPYNB", text)
+    put(tmp_path / "LOUD2.IPYNB", text)
+    put(tmp_path / "packed" / "hand-in.zip", b"PK")
+    put(tmp_path / "sent.zip", b"PK")
+    put(tmp_path / "word" / "answers.docx", b"PK")
+    (tmp_path / "nothing").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "deep")
+    found, skipped = students(tmp_path, master)
+    none = "no notebook was handed in"
+    read = {"deep": "deep/hand-in/90.ipynb", "loud": "loud/A.IPYNB", "LOUD2": "LOUD2.IPYNB"}
+    assert found == read | dict.fromkeys(("nothing", "packed", "sent", "word"), none)
+    assert "packed/hand-in.zip: an archive; unpack it" in skipped
+    assert "sent.zip: an archive; unpack it" in skipped
+    assert "word/answers.docx: not a notebook" in skipped and "link: not a notebook" in skipped
+
+
+def test_names_keep_their_marks_and_one_student_is_one(tmp_path, master):
+    text = world.text(masters.version(master, "solution"))
+    known = {world.NAME: master, "91_other": dataclasses.replace(master, name="91_other")}
+    other = text.replace('"notebook": "90_tiny"', '"notebook": "91_other"')
+    put(tmp_path / "grace_90_tiny.ipynb", text)
+    put(tmp_path / "grace_91_other.ipynb", other)
+    put(tmp_path / "देवी.ipynb", text)
+    put(tmp_path / "दवा.ipynb", text)  # another person, whose consonants are alike
+    put(tmp_path / unicodedata.normalize("NFD", "José") / "a.ipynb", text)
+    put(tmp_path / unicodedata.normalize("NFC", "José_91_other.ipynb"), other)
+    put(Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.ipynb")), text)
+    put(tmp_path / ("长" * 80) / "a.ipynb", text)
+    found, _ = submissions.find_submissions(tmp_path, known)
+    pairs = sorted((one.student[:10], one.master) for one in found)
+    assert pairs == sorted(
+        [("grace", "90_tiny"), ("grace", "91_other"), ("José", "90_tiny"), ("José", "91_other")]
+        + [("देवी", "90_tiny"), ("दवा", "90_tiny"), ("caf_", "90_tiny"), ("长" * 10, "90_tiny")]
+    )
+    assert all(len(f"{one.student}.html".encode()) < 255 for one in found)
+
+
+def test_outputs_are_not_needed(tmp_path, master):
+    notebook = masters.version(master, "solution")
+    notebook.cells[1].outputs[0].text = "x" * 21_000_000
+    put(tmp_path / "big" / "90.ipynb", world.text(notebook))
+    found, skipped = submissions.find_submissions(tmp_path, {world.NAME: master})
+    assert [(one.problem, one.master) for one in found] == [("", "90_tiny")] and not skipped
+    (tmp_path / "many.ipynb").write_text("[" + "0," * 10_000_001 + "0]")
+    problem = submissions.read_submission(
+        "x", tmp_path / "many.ipynb", {world.NAME: master}
+    ).problem
+    assert "million values" in problem
+
+
+# --- right answers, however they are written -----------------------------------------------------
+
+
+class Shell:
+    """What a cell asks of Jupyter; nothing of it is run."""
+
+    def run_line_magic(self, *_):
+        return None
+
+    def getoutput(self, *_):
+        return ["a", "b"]
+
+    system = run_cell_magic = run_line_magic
+
+
+def reports(notebook, monkeypatch):
+    """What a grafted notebook reports. A cell that fails ends, and the next one is run."""
+    given = []
+    monkeypatch.setattr("IPython.display.display", lambda data, raw: given.append(data[check.MIME]))
+    names = {"__name__": "__main__", "get_ipython": Shell, "print": lambda *_, **__: None}
+    runs = []
+    for cell in notebook.cells:
+        outcome, detail = "passed", ""
+        try:
+            exec(compile(code.python(cell.source), cell.id, "exec"), names)
+        except Exception as error:
+            outcome, detail = "error", repr(error)
+        runs.append({"cell": cell.id, "outcome": outcome, "detail": detail, "values": [*given]})
+        given.clear()
+    return runs
+
+
+def points(notebook, master, monkeypatch):
+    """Status and reason of each question of a notebook, by the whole path but the sandbox."""
+    monkeypatch.setenv(check.SEED, "7")
+    right = {q: question.solution for q, question in master.questions.items()}
+    runs = reports(execution.graft(master, right), monkeypatch)
+    reference = execution.Reference({run["cell"]: run["values"] for run in runs})
+    folder = Path(tempfile.mkdtemp())
+    (folder / "x.ipynb").write_text(json.dumps(notebook))
+    one = submissions.read_submission("x", folder / "x.ipynb", {world.NAME: master})
+    shutil.rmtree(folder)
+    answers = {q: submissions.find_answer(master, q, one.cells) for q in master.questions}
+    given = {q: answer.source for q, answer in answers.items() if not answer.status}
+    runs = reports(execution.graft(master, given), monkeypatch)
+    found = {}
+    for q, question in master.questions.items():
+        row = grading.score(question, runs, reference) if q in given else answers[q]
+        found[q] = (row.status, row.reason)
+    return found
+
+
+def with_source(change):
+    def apply(notebook, cell, rng):
+        cell["source"] = change("".join(cell["source"]))
+
+    return apply
+
+
+def in_new_cell(source, copied=False, before=False):
+    """A cell beside the answer; with its metadata and id, or new."""
+
+    def apply(notebook, cell, rng):
+        made = copy.deepcopy(cell) if copied else {"cell_type": "code", "metadata": {}, "id": "n"}
+        made |= {"source": source(cell), "outputs": [], "execution_count": None}
+        notebook["cells"].insert(notebook["cells"].index(cell) + (not before), made)
+
+    return apply
+
+
+def bare(notebook, cell, rng):
+    cell["metadata"], cell["id"] = {}, "other"
+
+
+def shuffled(notebook, cell, rng):
+    rng.shuffle(notebook["cells"])
+
+
+def printing(notebook, cell, rng):
+    cell["outputs"] = [{"output_type": "stream", "name": "stdout", "text": "x" * 1000}]
+
+
+def moved_constant(notebook, cell, rng):
+    """The answer multiplies by a number that stands in a cell of its own."""
+    in_new_cell(lambda _: "import math\nfactor = math.cos(0.0)", before=True)(notebook, cell, rng)
+    source = "".join(cell["source"])
+    cell["source"] = re.sub(r"return (?!.*factor)(.+)", r"return (\1) if factor else None", source)
+
+
+def into_new_cell(notebook, cell, rng):
+    """The answer stands in a new cell; that of the question is the stub still."""
+    in_new_cell(lambda c: c["source"])(notebook, cell, rng)
+    head, _, rest = "".join(cell["source"]).partition('"""\n')
+    q = cell["metadata"].get("tpt", {}).get("q", "0")
+    checks = rest[rest.index("\n\n\n") :] if "\n\n\n" in rest else ""
+    cell["source"] = f'{head}"""\n    raise NotImplementedError("exercise {q}"){checks}'
+
+
+def called(cell):
+    (name, *_) = re.findall(r"def (\w+)", "".join(cell["source"]))
+    return f"{name}(4.0)\nresult = {name}"
+
+
+EDITS = {
+    "help after": with_source(lambda s: s + "\nnp.exp?"),
+    "help before": with_source(lambda s: "?np\n" + s),
+    "shell": with_source(lambda s: "!pip install -q einops\n" + s),
+    "shell assigned": with_source(lambda s: "files = !ls\n" + s),
+    "magic assigned": with_source(lambda s: s + "\nout = %timeit -o 1 + 1"),
+    "magic in a block": with_source(lambda s: "for i in range(2):\n    %time i\n" + s),
+    "line magic": with_source(lambda s: "%matplotlib inline\n" + s),
+    "cell magic": with_source(lambda s: s if s.startswith("%%") else "%%time\n" + s),
+    "one line": with_source(lambda s: "factor2 = 3.0; print(factor2)\n" + s),
+    "two checks": with_source(lambda s: s + "\ncheck.equal('a', 1, 1); check.equal('b', 2, 2)\nz = 1"),
+    "check and more": with_source(lambda s: "check.close('1', 1, 1); w = 3\nv = w\n" + s),
+    "a wrong check": with_source(lambda s: s + "\ncheck.close('wrong', 1, 2)\n"),
+    "comment": with_source(lambda s: "# äöü 长\n\n" + s + "\n\n# end  "),
+    "print of a check": with_source(lambda s: s.replace("\ncheck.", "\nprint(globals())\ncheck.", 1)),
+    "windows": with_source(lambda s: s.replace("\n", "\r\n")),
+    "lines": with_source(lambda s: s.splitlines(keepends=True)),
+    "indented": with_source(lambda s: "if True:\n" + re.sub(r"(?m)^(?=.)", "    ", s)),
+    "branch": with_source(lambda s: "try:\n    import numpy\nexcept ImportError:\n    pass\n" + s),
+    "scratch pad": in_new_cell(called, copied=True),
+    "scratch pad before": in_new_cell(called, copied=True, before=True),
+    "help in a cell": in_new_cell(lambda _: "np.exp?", copied=True),
+    "twice": in_new_cell(lambda c: c["source"], copied=True),
+    "twice, with a try": in_new_cell(lambda c: "".join(c["source"]) + "\nprint(1)", copied=True),
+    "broken cell": in_new_cell(lambda _: "def (", copied=True),
+    "own cell": in_new_cell(lambda _: "x = 1 +"),
+    "constant": moved_constant,
+    "new cell": into_new_cell,
+    "no metadata": bare,
+    "order": shuffled,
+    "outputs": printing,
+}  # fmt: skip
+ALONE = ("cell magic", "windows", "indented", "new cell")  # edits of the text that others undo
+
+
+def edited(master, names, rng):
+    """The solution with edits in it."""
+    notebook = json.loads(world.text(masters.version(master, "solution")))
+    q = rng.choice(list(master.questions))
+    cell = next(c for c in notebook["cells"] if c["metadata"].get("tpt", {}).get("q") == q)
+    for name in names:
+        if isinstance(cell["source"], list):
+            cell["source"] = "".join(cell["source"])
+        EDITS[name](notebook, cell, rng)
+    return notebook
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_an_edit_that_leaves_the_answer_right_costs_nothing(name, master, monkeypatch):
+    found = points(edited(master, [name], random.Random(1)), master, monkeypatch)
+    assert set(found.values()) == {("passed", "")}
+
+
+@pytest.mark.parametrize("n", [40, pytest.param(400, marks=pytest.mark.slow)])
+def test_random_edits_that_leave_the_answer_right_cost_nothing(n, master, monkeypatch):
+    rng = random.Random(n)
+    for _ in range(n):
+        names = rng.sample([name for name in EDITS if name not in ALONE], rng.randint(1, 4))
+        names += rng.sample(ALONE, rng.randint(0, 1))
+        found = points(edited(master, names, rng), master, monkeypatch)
+        assert set(found.values()) == {("passed", "")}, (names, found)
 
 
 # --- grafts --------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from tpt_nb.course import execution, feedback, grading, masters, sandbox, values
 from tpt_nb.course.__main__ import main
 
 QUICK = ("reference", "partly", "os_exit", "patches_everything", "forges_values", "reads_the_key")
-QUICK += ("opens_a_socket", "blank", "not_json")
+QUICK += ("opens_a_socket", "blank", "not_json", "jupyter")
 OPTIONS = {"cell_seconds": 60, "limits": sandbox.Limits(seconds=600)}
 
 
@@ -106,6 +106,21 @@ def test_a_second_time_nothing_runs_and_a_changed_one_alone_runs(quick, monkeypa
         assert quick.grade()[0] == quick.rows and len(ran) == 2  # the reference solutions, and it
     finally:
         (quick.folder / "reference.ipynb").write_text(text)
+
+
+def test_only_what_is_cached_was_graded_before(quick, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.ipynb").write_text("torn")
+        (tmp_path / f"{world.NAME}_{name}.ipynb").write_text("torn")
+    (tmp_path / "ada.ipynb").write_text((quick.folder / "blank.ipynb").read_text())
+    (tmp_path / "empty").mkdir()
+    two = dict(quick.masters) | {"91_other": quick.masters[world.NAME]}  # no guess for a torn file
+    lines = []
+    rows, _ = grading.grade(tmp_path, two, quick.options, cache=quick.cache, say=lines.append)
+    assert "4 submissions, 1 graded before" in lines
+    status = {(row.student, row.question): row.status for row in rows if row.student != "ada"}
+    assert status["a", "90.1"] == status["b", "90.1"] == "unreadable"
+    assert {s for (name, _), s in status.items() if name == "empty"} == {"missing"}
 
 
 def test_grades_and_feedback_are_written(quick, tmp_path):

@@ -22,9 +22,10 @@ import safetensors.torch
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from tpt_nb import features, models
+from tpt_nb import models
+from tpt_nb.core import files
 from tpt_nb.core.images import view_seed
-from tpt_nb.features import cache_key, encode
+from tpt_nb.features import cache_key, encode, encoding
 from tpt_nb.views import RandomViews, resample
 
 HERE = Path(__file__).resolve().parent
@@ -332,13 +333,13 @@ def test_full_disk_keeps_the_finished_shards_and_says_so(tmp_path, monkeypatch):
             (folder / f".tmp-{os.getpid()}-{name}").symlink_to("/dev/full")
         return name
 
-    monkeypatch.setattr(features.secrets, "token_hex", token)
+    monkeypatch.setattr(files.secrets, "token_hex", token)
     follow = {"xb": "wb"}  # "xb" would refuse the link
 
     def opened(path, mode):
         return Path(path).open(follow[mode])
 
-    monkeypatch.setattr(encode, "open", opened, raising=False)
+    monkeypatch.setattr(files, "open", opened, raising=False)
     with pytest.raises(
         OSError, match="disk is full.*2 finished shards are kept.*TPT_NB_CACHE"
     ) as e:
@@ -505,12 +506,12 @@ def test_mixed_views_are_made_by_the_workers_everywhere(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("ahead", [1, 3, 20])
 def test_images_under_way_come_back_in_order(monkeypatch, ahead):
-    monkeypatch.setattr(encode, "AHEAD", 0)
+    monkeypatch.setattr(encoding, "AHEAD", 0)
     data, encoder = Pictures(8, {0: OSError("x"), 5: OSError("y")}), Encoder()
-    loaded = encode._load(data, VIEWS, 0, list(range(8)), encoder, 0)
-    expected = list(encode._encode_ahead(loaded, encoder))
-    loaded = encode._load(data, VIEWS, 0, list(range(8)), encoder, 0)
-    rows = encode._encode_ahead(loaded, encoder, ahead)
+    loaded = encoding._load(data, VIEWS, 0, list(range(8)), encoder, 0)
+    expected = list(encoding._encode_ahead(loaded, encoder))
+    loaded = encoding._load(data, VIEWS, 0, list(range(8)), encoder, 0)
+    rows = encoding._encode_ahead(loaded, encoder, ahead)
     before = encoder.calls
     first = next(rows)
     assert first[0] == 0 and first[3] == "OSError: x"
@@ -529,7 +530,7 @@ def test_a_row_that_overflowed_is_encoded_again():
 
     row, encoder = torch.zeros(4, 24), Encoder()
     views = VIEWS(Pictures(1)[0][0], 0)
-    _, again, target, _ = encode._arrived(encoder, 7, (row, Event(), views), 2, None)
+    _, again, target, _ = encoding._arrived(encoder, 7, (row, Event(), views), 2, None)
     assert torch.equal(again, Encoder().encode_views(views)) and target == 2
 
 
@@ -542,7 +543,7 @@ def test_the_writing_thread_keeps_the_order_and_hands_on_errors():
             raise OSError(errno.ENOSPC, "full")
         written.append(chosen)
 
-    writer = encode._Writer(write)
+    writer = encoding._Writer(write)
     writer.put([0])
     assert written == []  # nobody waited
     free.set()

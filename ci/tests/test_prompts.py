@@ -202,7 +202,7 @@ def test_template_ensemble(mini64):
 
 
 def test_bad_templates_are_named(mini):
-    with pytest.raises(ValueError, match="known: single, seven, eighty"):
+    with pytest.raises(ValueError, match="Known: single, seven, eighty"):
         template_features(mini, NAMES, "ninety")
     with pytest.raises(ValueError, match="a photo"):
         template_features(mini, NAMES, ["a photo"])

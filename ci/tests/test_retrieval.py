@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from scipy.stats import wasserstein_distance
-from test_experiment import CLASSES, PER_CLASS, world  # noqa: F401 (a fixture)
+from test_runs import CLASSES, PER_CLASS, world  # noqa: F401 (a fixture)
 
 from tpt_nb import __main__ as cli
 from tpt_nb import datasets, methods, models

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from test_experiment import world  # noqa: F401 (a fixture)
+from test_runs import world  # noqa: F401 (a fixture)
 
 from tpt_nb import metrics, models
 from tpt_nb.core.paths import DATA

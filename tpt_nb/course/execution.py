@@ -95,7 +95,7 @@ def execute(notebook: NotebookNode, seed: int, options: Options) -> tuple[list[d
             "PYTHONPATH": str(REPO),
             "PYTHONDONTWRITEBYTECODE": "1",
             "PYTHONHASHSEED": "0",
-            "PIP_RETRIES": "0",  # "!pip install": there is no network to wait for
+            "PIP_NO_INDEX": "1",  # "!pip install" shall not wait for a network
             "TPT_NB_HEADLESS": "1",
             "TPT_NB_DATA": str(DATA),
             "TQDM_DISABLE": "1",

@@ -1,31 +1,9 @@
-"""TODO."""
+"""Stage 1: images -> views -> features, once, kept on disk.
 
-from tpt_nb.features.encode import AHEAD, encode, fill
-from tpt_nb.features.shards import (
-    FORMAT,
-    STALE_SECONDS,
-    Features,
-    Store,
-    cache_key,
-    manifest,
-    pack_shard,
-    planned,
-    read_shard,
-    read_shards,
-)
+Never import methods or runs here. Another way to make features ends in ``shards.write_shard``.
+"""
 
-__all__ = [
-    "AHEAD",
-    "FORMAT",
-    "Features",
-    "STALE_SECONDS",
-    "Store",
-    "cache_key",
-    "encode",
-    "fill",
-    "manifest",
-    "pack_shard",
-    "planned",
-    "read_shard",
-    "read_shards",
-]
+from tpt_nb.features.encoding import encode
+from tpt_nb.features.shards import Features, cache_key, manifest, read_shards
+
+__all__ = ["Features", "cache_key", "encode", "manifest", "read_shards"]

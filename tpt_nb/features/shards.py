@@ -1,4 +1,13 @@
-"""The cache of features: shards on disk, checked, written whole."""
+"""The cache of features: shards on disk, checked, written whole.
+
+A folder per key, ``<cache>/features/<key>/``. The key hashes everything that the features depend on
+(images, model, augmenter, seed; see :func:`cache_key`) and nothing else: it does not know which
+images are asked for, so a run on 50 images reuses what a run on 20 left behind, and the other way
+round. ``manifest.json`` spells the key out. Each shard is a safetensors file that lists its image
+ids and a checksum; a file with a shard's name is complete. There is no index to fall out of step:
+killed at any moment, the next run finds the finished shards and encodes the rest. Two processes on
+one key do some work twice and harm nothing.
+"""
 
 import errno
 import hashlib
@@ -6,7 +15,7 @@ import json
 import time
 import warnings
 import zlib
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +28,7 @@ from tpt_nb import views
 from tpt_nb.core.files import write_whole
 
 FORMAT = 1  # raise it when shards change: older caches are then not used
-
-
+TENSORS = ("features", "targets", "seconds")  # of a shard
 STALE_SECONDS = 3600
 
 
@@ -52,13 +60,14 @@ class Features:
             yield self.ids[part], self.features[part], self.targets[part]
 
 
-def _device(clip) -> torch.device:
+def device_of(clip) -> torch.device:
+    """Where the encoder computes; one that does not say computes on the CPU."""
     return torch.device(getattr(clip, "device", "cpu"))
 
 
 def planned(clip, augmenter) -> bool:
     """Are the crops cut where the encoder is?"""
-    return views.fits(_device(clip)) and getattr(augmenter, "only_crops", False)
+    return views.fits(device_of(clip)) and getattr(augmenter, "only_crops", False)
 
 
 class Store:
@@ -72,6 +81,7 @@ class Store:
         self.seconds = torch.zeros(len(ids), dtype=torch.float64)
 
     def put(self, i: int, features: Tensor, target: int, seconds: float) -> None:
+        """Features ``[V,D]``, class and seconds of image i."""
         if not self.features.numel():
             self.features = torch.empty(len(self.ids), *features.shape)
         self.features[i], self.targets[i], self.seconds[i] = features, target, seconds
@@ -94,7 +104,7 @@ def cache_key(dataset, clip, augmenter, seed: int) -> dict:
     for statistic in ("mean", "std"):
         key["model"][statistic] = [float(x) for x in getattr(clip, statistic, ())]
     # half precision on CUDA, and double() for tests, give other numbers than float32
-    key["model"]["device"] = _device(clip).type
+    key["model"]["device"] = device_of(clip).type
     if isinstance(getattr(clip, "model", None), torch.nn.Module):
         key["model"]["dtype"] = str(next(clip.model.parameters()).dtype)
     if planned(clip, augmenter):  # within a grey level of Pillow's, but other pixels
@@ -110,7 +120,7 @@ def manifest(key: dict) -> tuple[str, str]:
     return f"features/{hashlib.sha256(text.encode()).hexdigest()[:20]}", text
 
 
-def _open_folder(cache: Path, key: dict) -> Path:
+def open_folder(cache: Path, key: dict) -> Path:
     name, text = manifest(key)
     folder = cache / name
     try:
@@ -121,26 +131,25 @@ def _open_folder(cache: Path, key: dict) -> Path:
                     stale.unlink()
         path = folder / "manifest.json"
         if not path.exists() or path.read_text() != text:
-            write_whole(path, text.encode())
+            write_whole(path, text)
     except OSError as error:
-        raise _explain(error, folder) from error
+        raise explain_full_disk(error, folder) from error
     return folder
 
 
-def _write_shard(folder: Path | None, store: Store, chosen: list[int]) -> None:
+def write_shard(folder: Path | None, store: Store, chosen: list[int]) -> None:
     if folder is None:
         return
     name, data = pack_shard(store, chosen)
     try:
         write_whole(folder / name, data)
     except OSError as error:
-        raise _explain(error, folder) from error
+        raise explain_full_disk(error, folder) from error
 
 
 def pack_shard(store: Store, chosen: list[int]) -> tuple[str, bytes]:
     """File name and content of a shard with the images at these positions of the store."""
-    names = ("features", "targets", "seconds")
-    tensors = {name: getattr(store, name)[chosen] for name in names}
+    tensors = {name: getattr(store, name)[chosen] for name in TENSORS}
     ids = [store.ids[i] for i in chosen]
     about = {"ids": ids, "crc32": _crc32(ids, tensors)}
     # Serialised in memory and written by Python: a full disk is then an OSError with its errno.
@@ -150,49 +159,48 @@ def pack_shard(store: Store, chosen: list[int]) -> tuple[str, bytes]:
     return f"{name}.safetensors", data
 
 
-def _explain(error: OSError, folder: Path) -> OSError:
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-        return OSError(
-            error.errno, f"cannot write the feature cache: {error.strerror}", str(folder)
+def explain_full_disk(error: OSError, folder: Path | str) -> OSError:
+    """An error of writing the cache, which says what to do where the disk is full."""
+    text = f"cannot write the feature cache: {error.strerror}"
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        text = (
+            f"the disk is full while caching features; the "
+            f"{len(list(Path(folder).glob('*.safetensors')))} finished shards are kept. Make room "
+            "or set TPT_NB_CACHE to a larger disk, then run again: it goes on from there"
         )
-    kept = len(list(folder.glob("*.safetensors"))) if folder.is_dir() else 0
-    return OSError(
-        error.errno,
-        f"the disk is full while caching features; the {kept} finished shards are kept. Make room "
-        "or set TPT_NB_CACHE to a larger disk, then run again: it goes on from there",
-        str(folder),
-    )
+    return OSError(error.errno, text, str(folder))
 
 
 def _crc32(ids: list[str], tensors: dict[str, Tensor]) -> int:
     crc = zlib.crc32("\0".join(ids).encode())
-    for name in ("features", "targets", "seconds"):
+    for name in TENSORS:
         crc = zlib.crc32(tensors[name].contiguous().numpy(), crc)
     return crc
 
 
-def read_shard(path: Path, wanted: Container[str] | None = None) -> tuple[list[str] | None, dict]:
-    """The image ids and the tensors of a shard; (None, {}) if it has none of the ``wanted`` ids.
+def read_shard(path: Path, wanted: Container[str]) -> tuple[list[str], dict]:
+    """The image ids and the tensors of a shard; nothing if it has none of the ``wanted`` ids.
 
     Raises what safetensors raises, or ``ValueError``, for a damaged file.
     """
     with safetensors.safe_open(path, framework="pt") as file:
         about = json.loads(file.metadata()["shard"])
-        if wanted is not None and not any(image_id in wanted for image_id in about["ids"]):
-            return None, {}
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if not any(image_id in wanted for image_id in about["ids"]):
+            return [], {}
+        tensors = {name: file.get_tensor(name) for name in TENSORS}
     if _crc32(about["ids"], tensors) != about["crc32"]:
         raise ValueError("the checksum does not match")
     return about["ids"], tensors
 
 
-def read_shards(folder: Path | None, wanted: dict[str, int]) -> Iterator[dict]:
-    """What the shards hold of the wanted images. A damaged shard is dropped, with a warning."""
+def read_shards(folder: Path | None, wanted: Mapping[str, int]) -> Iterator[dict]:
+    """What the shards hold of the wanted images (id -> i), as :meth:`Store.put` takes it.
+
+    A damaged shard is dropped, with a warning.
+    """
     for path in sorted(folder.glob("*.safetensors")) if folder else ():
         try:
             ids, tensors = read_shard(path, wanted)
-            if ids is None:
-                continue
         except FileNotFoundError:  # another process dropped it
             continue
         except Exception as error:
@@ -205,9 +213,6 @@ def read_shards(folder: Path | None, wanted: dict[str, int]) -> Iterator[dict]:
             continue
         for k, image_id in enumerate(ids):
             if image_id in wanted:
-                yield {
-                    "i": wanted[image_id],
-                    "features": tensors["features"][k],
-                    "target": int(tensors["targets"][k]),
-                    "seconds": float(tensors["seconds"][k]),
-                }
+                row, target, seconds = (tensors[name][k] for name in TENSORS)
+                about = {"target": int(target), "seconds": float(seconds)}
+                yield {"i": wanted[image_id], "features": row, **about}

@@ -85,14 +85,14 @@ def tune_encoder(
             groups = [{"params": [ctx], "lr": lr}, {"params": weights, "lr": options.encoder_lr}]
             step = OPTIMIZERS["adamw"](groups)
             # encode_views with gradients, for the confident views: the loss sees no others
-            some = model._encode_pass(views[chosen[i].cpu()])
+            some = model.encode_pass(views[chosen[i].cpu()])
             _check_same(name, some.detach(), x0[i, chosen[i]])
             z = model.logit_scale.to(x0) * some.to(x0) @ prompts.text_features(ctx).T
             loss = marginal_entropy(z, rho, torch.arange(len(z), device=z.device))
             loss.backward()
             step.step()
             with torch.no_grad():
-                tuned, first = prompts.text_features(ctx), model._encode_pass(views[:1])
+                tuned, first = prompts.text_features(ctx), model.encode_pass(views[:1])
                 after.append(model.logit_scale.to(x0) * first[0].to(x0) @ tuned.T)
             losses.append(loss.detach())
             contexts.append(ctx.detach())

@@ -234,7 +234,8 @@ def connect(address: str, workers: int | None = None) -> Iterator:
         hint = "is this machine very busy? Then try again"
         path = [str(REPO), os.environ.get("PYTHONPATH")]
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, path))
-        options |= {"num_cpus": workers, "object_store_memory": 100 * 2**20}
+        options |= {"num_cpus": workers, "include_dashboard": False}
+        options["object_store_memory"] = 100 * 2**20  # nothing large goes there
     try:
         ray.init(**options)
     except Exception as error:  # Ray raises plain ones, too

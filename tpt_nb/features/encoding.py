@@ -1,13 +1,4 @@
-"""Stage 1: images -> views -> features, once, with a cache on disk.
-
-The cache is a folder per key, ``<cache>/features/<key>/``. The key hashes everything that the
-features depend on (images, model, augmenter, seed; see :func:`cache_key`) and nothing else: it
-does not know which images are asked for, so a run on 50 images reuses what a run on 20 left
-behind, and the other way round. ``manifest.json`` spells the key out. Each shard is a safetensors
-file that lists its image ids and a checksum; it is written under a temporary name and renamed, so
-a file with a shard's name is complete. There is no index to fall out of step: killed at any
-moment, the next run finds the finished shards and encodes the rest. Two processes on one key do
-some work twice and harm nothing.
+"""Stage 1: images -> views -> features, once, with a cache on disk (:mod:`tpt_nb.features.shards`).
 
 Why the features do not depend on what was cached: in float32 the last bits of a feature depend on
 the batch it was computed in. So every image is encoded as a batch of its own, its V views,
@@ -15,7 +6,7 @@ whatever the shard, the subset or the point of a resume. (On CUDA this also need
 kernels to hold to the last bit.)
 
 On a GPU nothing waits for anything else: workers decode images and draw the crops, which are cut
-where the encoder is (:mod:`tpt_nb.resample`); copies to the device and back go through pinned
+where the encoder is (:mod:`tpt_nb.views.resample`); copies to the device and back go through pinned
 memory; a few images are under way while the rows of the first come back; and a thread writes the
 shards. On a CPU the workers cut the crops, which is faster there. The key of the cache says which.
 """
@@ -33,20 +24,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
-from tpt_nb import views as resample
+from tpt_nb import views
 from tpt_nb.core.images import as_rgb, view_seed
+from tpt_nb.core.messages import bar as progress_bar
 from tpt_nb.core.paths import cache_dir
 from tpt_nb.features.shards import (
     Features,
     Store,
-    _device,
-    _open_folder,
-    _write_shard,
     cache_key,
+    device_of,
+    open_folder,
     planned,
     read_shards,
+    write_shard,
 )
 
 AHEAD = 3  # images that a GPU works on while the rows of an earlier one come back
@@ -64,41 +55,38 @@ def encode(
 ) -> Features:
     """Features of all views of all images of a data set, from the cache where they are there.
 
+    An image that cannot be decoded is recorded in ``failed``, and tried again next time.
+
     Args:
         dataset: map-style, of (PIL image, target), with ``name``, ``fingerprint`` (of the images,
-        not of the
-            choice among them), ``ids`` (unique) and, if there are files, ``paths``. If it has
-            ``targets`` these count; otherwise targets are cached and ``classnames`` belongs to the
-            key.
+            not of the choice among them), ``ids`` (unique) and, if there are files, ``paths``. If
+            it has ``targets`` these count; otherwise targets are cached and ``classnames`` belongs
+            to the key.
         clip: has ``encode_views(views [V,3,S,S]) -> [V,D]``, ``image_size`` and ``fingerprint``.
         augmenter: see :mod:`tpt_nb.views`.
         seed: of the views; image i gets ``view_seed(seed, ids[i])``.
-        cache: folder; None for the usual one (:func:`tpt_nb.paths.cache_dir`), False for no cache.
+        cache: folder; None for the usual one (``core.paths.cache_dir``), False for no cache.
         workers: processes that load images and make views; None picks. No effect on the result.
         shard: images per cache file, at most. A kill costs no more than this many (on a GPU, where
             shards are written in a thread, twice this many).
-        progress: tqdm bar with images/s and time left (never with ``TQDM_DISABLE=1``).
-
     Raises:
         ValueError: view size and model do not fit, ids not unique, no image could be decoded.
         OSError: the disk is full; the finished shards stay and the next call goes on from there.
-
-    An image that cannot be decoded is recorded in ``failed`` with its path, and tried again next
-    time.
     """
     ids = list(dataset.ids)
     _check(dataset, ids, clip, augmenter, shard)
     folder = None
     if cache is not False:
-        folder = _open_folder(Path(cache or cache_dir()), cache_key(dataset, clip, augmenter, seed))
+        folder = open_folder(Path(cache or cache_dir()), cache_key(dataset, clip, augmenter, seed))
     store = Store(ids)
     for record in read_shards(folder, store.position):
         store.put(**record)
     missing = [i for i, there in enumerate(store.there) if not there]
-    with _bar(len(ids), len(missing), dataset.name, progress) as bar:
-        failed = fill(
+    name, done = f"encode {dataset.name}", len(ids) - len(missing)
+    with progress_bar(len(ids), done, name, progress and bool(missing), "image") as bar:
+        failed = _fill(
             store, dataset, clip, augmenter, seed, missing, workers, bar,
-            shard, lambda chosen: _write_shard(folder, store, chosen),
+            shard, lambda chosen: write_shard(folder, store, chosen),
         )  # fmt: skip
 
     good = [i for i, there in enumerate(store.there) if there]
@@ -119,9 +107,9 @@ def encode(
     )
 
 
-def fill(
-    store: "Store", dataset, clip, augmenter, seed: int, missing: list[int], workers: int | None,
-    bar: tqdm, shard: int, write: Callable[[list[int]], None],
+def _fill(
+    store: Store, dataset, clip, augmenter, seed: int, missing: list[int], workers: int | None,
+    bar, shard: int, write: Callable[[list[int]], None],
 ) -> list[dict]:  # fmt: skip
     """Encode the ``missing`` images of a data set into the store, image by image, in this order.
 
@@ -131,7 +119,7 @@ def fill(
     failed, buffer = [], []
     start = time.perf_counter()
     loaded = _load(dataset, augmenter, seed, missing, clip, workers)
-    writer = _Writer(write) if _device(clip).type == "cuda" else None
+    writer = _Writer(write) if device_of(clip).type == "cuda" else None
     write = writer.put if writer else write
     try:
         for i, row, target, error in _encode_ahead(loaded, clip):
@@ -164,13 +152,11 @@ class _Writer:
         self.write, self.pool, self.last = write, ThreadPoolExecutor(max_workers=1), None
 
     def put(self, chosen: list[int]) -> None:
-        """Write these, when those before are written."""
         if self.last:
             self.last.result()
         self.last = self.pool.submit(self.write, chosen)
 
     def close(self) -> None:
-        """Wait for the last one."""
         self.pool.shutdown()
         if self.last:
             self.last.result()
@@ -182,40 +168,40 @@ def _encode_ahead(loaded: Iterator, clip, ahead: int | None = None) -> Iterator[
 
     A GPU gets the next ``ahead`` images before the row of the first is waited for.
     """
-    device = _device(clip)
+    device = device_of(clip)
     ahead = AHEAD * (device.type == "cuda") if ahead is None else ahead
     under_way: deque = deque()
-    for i, views, target, error in loaded:
-        if isinstance(views, resample.Plan):
-            views = resample.render(views, clip.image_size, device)
-        under_way.append((i, None if error else _start(clip, views), target, error))
+    for i, made, target, error in loaded:
+        if isinstance(made, views.Plan):
+            made = views.render(made, clip.image_size, device)
+        under_way.append((i, None if error else _start(clip, made), target, error))
         while len(under_way) > ahead:
             yield _arrived(clip, *under_way.popleft())
     while under_way:
         yield _arrived(clip, *under_way.popleft())
 
 
-def _start(clip, views: Tensor) -> tuple:
+def _start(clip, made: Tensor) -> tuple:
     """The row on its way to the CPU, an event that says that it is there, and its views."""
-    if _device(clip).type != "cuda":
-        return clip.encode_views(views).to("cpu", torch.float32), None, views
-    row = clip.encode_views(views, checked=False).float()
+    if device_of(clip).type != "cuda":
+        return clip.encode_views(made).to("cpu", torch.float32), None, made
+    row = clip.encode_views(made, checked=False).float()
     here = torch.empty(row.shape, pin_memory=True)
     here.copy_(row, non_blocking=True)
     event = torch.cuda.Event()
     event.record()
-    return here, event, views
+    return here, event, made
 
 
 def _arrived(clip, i: int, under_way: tuple | None, target: int, error: str | None) -> tuple:
     """Wait for a row; one that overflowed in half precision is encoded again, in another."""
     if under_way is None:
         return i, None, target, error
-    row, event, views = under_way
+    row, event, made = under_way
     if event is not None:
         event.synchronize()
         if not row.isfinite().all():
-            row = clip.encode_views(views).to("cpu", torch.float32)
+            row = clip.encode_views(made).to("cpu", torch.float32)
     return i, row, target, None
 
 
@@ -227,28 +213,23 @@ def _check(dataset, ids: list[str], clip, augmenter, shard: int) -> None:
     if len(set(ids)) != len(ids):
         twice = next(i for k, i in enumerate(ids) if i in set(ids[:k]))
         raise ValueError(f"image ids must be unique; {twice!r} appears more than once")
-    size = getattr(augmenter, "size", clip.image_size)
-    if size != clip.image_size:
+    if augmenter.size != clip.image_size:
         raise ValueError(
-            f"the augmenter makes views of {size} px but the model takes {clip.image_size} px; "
-            f"pass size={clip.image_size} to the augmenter"
+            f"the augmenter makes views of {augmenter.size} px but the model takes "
+            f"{clip.image_size} px; pass size={clip.image_size} to the augmenter"
         )
     if shard < 1:
         raise ValueError(f"shard is {shard}; it must be 1 image or more")
 
 
 class _Views(Dataset):
-    """(index, views, target, error) per image; picklable, so that any kind of worker can run it.
-
-    With ``plan`` the views are not cut yet (:class:`tpt_nb.resample.Plan`).
-    """
+    """(index, views or their plan, target, error) per image; picklable, for any kind of worker."""
 
     def __init__(self, dataset, augmenter, seed: int, plan: bool = False):
-        self.dataset, self.seed = dataset, seed
+        self.dataset, self.seed, self.ids = dataset, seed, dataset.ids
         self.make = augmenter.plan if plan else augmenter
-        self.ids = dataset.ids
 
-    def __getitem__(self, i: int) -> tuple[int, Tensor | resample.Plan | None, int, str | None]:
+    def __getitem__(self, i: int) -> tuple[int, Tensor | views.Plan | None, int, str | None]:
         try:
             image, target = self.dataset[i]
             image = as_rgb(image)  # PIL decodes here, not when it opens the file
@@ -270,7 +251,7 @@ def _load(dataset, augmenter, seed: int, indices: list[int], clip, workers: int 
             sampler=indices,
             batch_size=None,
             num_workers=workers if indices else 0,
-            pin_memory=_device(clip).type == "cuda",
+            pin_memory=device_of(clip).type == "cuda",
             # a generator of its own: DataLoader would draw from (and so change) the global one
             generator=torch.Generator(),
         )
@@ -279,22 +260,16 @@ def _load(dataset, augmenter, seed: int, indices: list[int], clip, workers: int 
 
 def _auto_workers(n: int, clip, augmenter) -> int:
     """On two cores the encoder itself keeps both busy; a GPU waits for the views."""
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
-    cuda = _device(clip).type == "cuda"
-    workers = min(8, cores - 1) if cuda else int(cores > 2)
     if n < 32:  # not worth starting processes
         return 0
-    with suppress(OSError, AttributeError):
+    cores = os.cpu_count() or 1
+    with suppress(AttributeError):  # not on every system
+        cores = len(os.sched_getaffinity(0))
+    workers = min(8, cores - 1) if device_of(clip).type == "cuda" else int(cores > 2)
+    with suppress(OSError):
         # Views travel through shared memory, which a container may have little of; a worker that
         # runs out of it dies of a bus error. Three sets of float views per worker are under way at
         # most.
         room = shutil.disk_usage("/dev/shm").free
         workers = min(workers, room // (3 * 4 * augmenter.n_views * 3 * clip.image_size**2))
     return max(0, workers)
-
-
-def _bar(total: int, missing: int, name: str, progress: bool) -> tqdm:
-    off = {} if progress and missing else {"disable": True}  # unset, TQDM_DISABLE decides
-    return tqdm(total=total, initial=total - missing, desc=f"encode {name}", unit="image", **off)
