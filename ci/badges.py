@@ -24,8 +24,8 @@ NOTE = " *(placeholder: the repository has no public address yet)*"
 SETUP = """\
 import importlib.util, os, sys
 
-sys.path.extend(["..", "../..", "tpt_nb_clone"])  # not installed: the clone around this notebook,
-if not importlib.util.find_spec("tpt_nb"):  # or, if it came alone (Colab, Kaggle), a new one
+sys.path.extend(map(os.path.abspath, ["..", "../..", "tpt_nb_clone"]))  # the clone around it
+if not importlib.util.find_spec("tpt_nb"):  # this notebook came alone (Colab, Kaggle)
     os.system("git clone -qb {ref} --depth=1 https://github.com/{repo} tpt_nb_clone")
     importlib.invalidate_caches()
 """

@@ -19,7 +19,6 @@ from tpt_nb import figures
 from tpt_nb.core.paths import REPO
 
 LIST = REPO / "ci" / "requirements-colab.txt"
-PLACES = ("..", "../..", "tpt_nb_clone")  # where the first cell looks
 DRIVE = Path("/content/drive/MyDrive")
 # loaded already in a running kernel, or pinned by Colab's own packages
 KEEP = ("torch", "torchvision", "torchaudio", "numpy", "pandas", "scipy", "pillow", "matplotlib")
@@ -41,9 +40,6 @@ def start(drive: bool = False) -> None:
     hosted = {"COLAB_RELEASE_TAG", "KAGGLE_KERNEL_RUN_TYPE"} & os.environ.keys()
     if hosted or not _version("tpt_nb"):  # an environment of the reader's own is left as it is
         install()
-    # the first cell found the package by a path that another working folder would not have
-    paths = [path for path in sys.path if path not in PLACES]
-    sys.path[:] = paths if str(REPO) in paths else [*paths, str(REPO)]
     import torch
 
     from tpt_nb import __version__
