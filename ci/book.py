@@ -17,7 +17,7 @@ from pybtex.database import BibliographyData, Entry, parse_file
 from pybtex.exceptions import PybtexError
 from sphinx.cmd.build import main as sphinx
 
-from tpt_nb.course.masters import Question, load_master
+from tpt_nb.course import Question, load_master
 
 REPO = Path(__file__).resolve().parent.parent
 

@@ -413,7 +413,7 @@ def into_new_cell(notebook, cell, rng):
     """The answer stands in a new cell; that of the question is the stub still."""
     in_new_cell(lambda c: c["source"])(notebook, cell, rng)
     head, _, rest = "".join(cell["source"]).partition('"""\n')
-    q = cell["metadata"].get("tpt", {}).get("q", "0")
+    q = {"centre": "90.1", "largest": "90.2", "describe": "90.3"}[called(cell).partition("(")[0]]
     checks = rest[rest.index("\n\n\n") :] if "\n\n\n" in rest else ""
     cell["source"] = f'{head}"""\n    raise NotImplementedError("exercise {q}"){checks}'
 
@@ -433,11 +433,11 @@ EDITS = {
     "line magic": with_source(lambda s: "%matplotlib inline\n" + s),
     "cell magic": with_source(lambda s: s if s.startswith("%%") else "%%time\n" + s),
     "one line": with_source(lambda s: "factor2 = 3.0; print(factor2)\n" + s),
-    "two checks": with_source(lambda s: s + "\ncheck.equal('a', 1, 1); check.equal('b', 2, 2)\nz = 1"),
+    "two checks": with_source(lambda s: s + "\ncheck.equal('a', 1, 1); check.equal('b', 2, 2)\nz = 1"),  # noqa: E501
     "check and more": with_source(lambda s: "check.close('1', 1, 1); w = 3\nv = w\n" + s),
     "a wrong check": with_source(lambda s: s + "\ncheck.close('wrong', 1, 2)\n"),
     "comment": with_source(lambda s: "# äöü 长\n\n" + s + "\n\n# end  "),
-    "print of a check": with_source(lambda s: s.replace("\ncheck.", "\nprint(globals())\ncheck.", 1)),
+    "print of a check": with_source(lambda s: s.replace("\ncheck.", "\nprint(table)\ncheck.", 1)),
     "windows": with_source(lambda s: s.replace("\n", "\r\n")),
     "lines": with_source(lambda s: s.splitlines(keepends=True)),
     "indented": with_source(lambda s: "if True:\n" + re.sub(r"(?m)^(?=.)", "    ", s)),
@@ -482,6 +482,8 @@ def test_random_edits_that_leave_the_answer_right_cost_nothing(n, master, monkey
     for _ in range(n):
         names = rng.sample([name for name in EDITS if name not in ALONE], rng.randint(1, 4))
         names += rng.sample(ALONE, rng.randint(0, 1))
+        if {"indented", "constant"} & {*names}:  # then a copy made before is another answer
+            names = [name for name in names if not name.startswith("twice")]
         found = points(edited(master, names, rng), master, monkeypatch)
         assert set(found.values()) == {("passed", "")}, (names, found)
 

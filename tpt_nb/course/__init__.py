@@ -1,4 +1,7 @@
-"""The course: student versions of the notebooks, and grading of what comes back.
+"""The course: student versions of the notebooks, and grading of what comes back (Linux).
+
+Nothing in here may be imported by another room. Another rule of what counts as an answer goes into
+``submissions``, another way of isolation into ``sandbox`` and ``inside``.
 
 ::
 
@@ -13,9 +16,10 @@ over what the answer gives for random numbers drawn from ``check.seed()``. A que
 hidden tests is graded with its visible checks, read as ``check.report``. In the student version a
 cell tagged ``solution`` is left out, and one tagged ``gives-away`` loses its outputs.
 
-**Grading.** A submission is read as data. Its answers (found by question, by cell id, or by the
-name of the function) are put into the master in place of the solutions; of the master only what
-answers and tests need is kept, and no solution. nbval runs that in a sandbox
+**Grading.** A submission is read as data. Cells are what Jupyter makes of them: ``x?``, ``%time`` and
+``!ls`` are Python calls. Its answers (found by question, by cell id, or by the name of the function;
+of several cells those that define it) are put into the master in place of the solutions; of the
+master only what answers and tests need is kept, and no solution. nbclient runs that in a sandbox
 (``course.sandbox``), with a seed drawn for this grading. The same tests run once with the
 reference solutions. Then, outside of the sandbox, value by value: a test passes if the answer
 gave what the reference gave. The tests of a question share its points; what is not a pass is
@@ -42,3 +46,7 @@ and the installed packages.
 - *Not covered.* Holes of the operating system's kernel. Answers that call the library's function
   instead of writing it: they are right; the feedback shows them. Copying among students.
 """
+
+from tpt_nb.course.masters import Question, load_master
+
+__all__ = ["Question", "load_master"]

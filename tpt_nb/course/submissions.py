@@ -166,10 +166,7 @@ def _notebooks(folder: Path, skipped: list[str]) -> Iterator[Path]:
             if path.suffix.lower() == ".ipynb" and not _is_system(name):
                 yield path
             else:
-                is_archive = path.suffix.lower() == ".zip"
-                skipped.append(
-                    f"{path}: {'an archive; unpack it' if is_archive else 'no notebook'}"
-                )
+                skipped.append(f"{path}: {_kind(path)}")
 
 
 def _is_system(name: str) -> bool:
@@ -253,22 +250,26 @@ def _is_open(code: str, q: str) -> bool:
 
 
 def _definitions(source: str, question: Question) -> str:
-    """Code without comments, layout, visible checks and tries; the text if it has no tree."""
+    """What defines the names that are asked for, without comments and layout; the text of a cell
+    that has no tree or defines none of them."""
     if parse(source) is None:
         return source.strip()
     own = [node for node, _, is_own in own_statements(source, question.checks) if is_own]
-    return "\n".join(ast.unparse(node) for node in own if not isinstance(node, ast.Expr))
+    texts = [ast.unparse(node) for node in own]
+    asked = {i for i, text in enumerate(texts) if question.names & names_of(text).may_bind}
+    return "\n".join(texts[i] for i in needed(texts, asked or {*range(len(texts))}))
 
 
 def _helpers(master: Master, answer: dict, cells: Sequence[dict]) -> list[str]:
     """Statements of other cells that the answer needs and that the master does not have."""
-    known = {*master.names, *dir(builtins)}
+    known = {*master.names, *dir(builtins), "get_ipython"}
     if names_of(answer["source"]).needs <= known:
         return []
     others = []
     for piece in (piece for c in cells if c is not answer for piece in pieces(c["source"])):
-        bound = names_of(piece).may_bind
-        if bound and not bound & known:
+        names = names_of(piece)
+        touched = names.may_bind | names.changes
+        if touched and not touched & known:
             others.append(piece)
     chosen = needed([*others, answer["source"]], {len(others)})[:-1]
     return [others[i] for i in chosen]
