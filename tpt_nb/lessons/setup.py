@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from tpt_nb import figures
-from tpt_nb.core.paths import REPO
+from tpt_nb.core.paths import DATA, REPO
+
+__all__ = ["DATA", "REPO", "World", "install", "missing", "prepare", "start", "use_drive"]
 
 LIST = REPO / "ci" / "requirements-colab.txt"
 DRIVE = Path("/content/drive/MyDrive")
