@@ -1,7 +1,7 @@
 """An image database without labels: vectors, exact search, and reading what people have.
 
 That is a folder of :func:`build`, or the pickled embeddings that the authors of RA-TTA publish.
-Every search compares with every vector, as fast as faiss's flat index does; notebook 08 shows
+Every search compares with every vector, about as fast as faiss does so; notebook 08 shows
 approximate indexes and what they miss.
 """
 
@@ -63,7 +63,7 @@ class Database:
         left = len(self) - (stop - start)
         if k < 1 or k > left:
             raise ValueError(f"k is {k}; the database has {left} images to choose from.")
-        cosines = (self._rows @ queries.float().cpu().T).T  # this way round three times as fast
+        cosines = (self._rows @ queries.float().cpu().T).T  # this way round it is faster
         cosines[:, start:stop] = -math.inf
         return tuple(cosines.topk(k, dim=1))
 
