@@ -23,6 +23,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 
 from tpt_nb import models
+from tpt_nb import views as views_room
 from tpt_nb.core import files
 from tpt_nb.core.images import view_seed
 from tpt_nb.features import cache_key, encode, encoding
@@ -473,7 +474,7 @@ def test_ids_must_be_unique(tmp_path):
 
 def on_gpu(monkeypatch):
     """Crops are cut where the encoder is, as on a GPU."""
-    monkeypatch.setattr(resample, "fits", lambda device: True)
+    monkeypatch.setattr(views_room, "fits", lambda device: True)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

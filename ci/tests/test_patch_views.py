@@ -20,8 +20,8 @@ from tpt_nb.views import (
     center_view,
     make_augmenter,
     patch_boxes,
-    side_boxes,
 )
+from tpt_nb.views.crops import side_boxes
 
 rng = np.random.default_rng(0)
 SHAPES = [(224, 224), (300, 200), (97, 301), (64, 65), *rng.integers(8, 700, (20, 2)).tolist()]

@@ -14,15 +14,14 @@ from PIL import Image
 from tpt_nb import views as views_module
 from tpt_nb.core.images import view_seed
 from tpt_nb.views import (
-    AUGMIX_OPS,
     PatchViews,
     RandomViews,
     center_view,
     crop_boxes,
     make_augmenter,
     resample,
-    tpt_augmix,
 )
+from tpt_nb.views.augmix import AUGMIX_OPS, tpt_augmix
 
 VARIANTS = [
     {},

@@ -1,8 +1,27 @@
-"""The augmenters: random crops and patches."""
+"""Augmenters: one image -> V views.
 
+An augmenter is a frozen dataclass: its fields are its parameters. It is called as
+``augmenter(image: PIL.Image, seed: int) -> Tensor [V,3,S,S]`` and has ``n_views``, ``size``,
+``groups`` (G, V/G: the views come in G groups of equally many, first those of the whole image, then
+those of each patch) and ``spec()``, a JSON-able description of everything its pixels depend on
+(part of the key of the feature cache). View 0 is always the un-augmented image: shorter side
+resized to S (bicubic), centre crop. Views are uint8, or float32 in [0,1] where mixing makes them
+non-integer; normalisation with the model's mean and std is the encoder's business. The memory
+layout is channels_last, which is what numpy gives and what the encoder wants: use ``reshape``, not
+``view``, on them.
+
+An augmenter whose views are crops and nothing else (``only_crops``) also has ``plan(image, seed)``,
+which draws the same views and leaves the resampling to :mod:`tpt_nb.views.resample`.
+
+Views are drawn from ``(seed, image id)`` through :func:`view_seed` alone: neither the order of the
+images nor the number of worker processes matters, and torch's and numpy's global generators are
+left as they were.
+"""
+
+import dataclasses
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,8 +30,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from tpt_nb.core.images import as_rgb
-from tpt_nb.views import resample
-from tpt_nb.views.augmix import _autoaugment, _torchvision_augmix, tpt_augmix
+from tpt_nb.core.messages import unknown
+from tpt_nb.views import augmix as mixes
 from tpt_nb.views.crops import (
     BILINEAR,
     CROP_TRIES,
@@ -23,10 +42,74 @@ from tpt_nb.views.crops import (
     patch_boxes,
     side_boxes,
 )
+from tpt_nb.views.resample import Plan, axis
+
+VERSION = 1  # raise it when the pixels change: cached features of the old are then not used
+
+
+class _Mixing:
+    """What the augmenters have in common: checks, and crops that are mixed with their likes."""
+
+    autoaugment = False
+
+    def _check(self) -> None:
+        if self.n_aug < 0 or self.n_aug != int(self.n_aug):
+            raise ValueError(f"n_aug is {self.n_aug!r}; it must be a whole number, 0 or more")
+        if self.size < 1 or self.size != int(self.size):
+            raise ValueError(f"size is {self.size!r}; it must be whole pixels, 1 or more")
+        if not 1 <= self.severity <= 10 or self.severity != int(self.severity):
+            raise ValueError(f"severity is {self.severity!r}; it must be whole, from 1 to 10")
+        if self.augmix_ops not in mixes.AUGMIX:
+            allowed = " or ".join(map(repr, mixes.AUGMIX))
+            raise ValueError(f"augmix_ops is {self.augmix_ops!r}; it must be {allowed}")
+
+    @property
+    def n_views(self) -> int:
+        return math.prod(self.groups)
+
+    @property
+    def only_crops(self) -> bool:
+        """Are the views crops of the image, with nothing done to them but flips?"""
+        return not (self.augmix or self.autoaugment)
+
+    def _spec(self, **more) -> dict:
+        """What the pixels depend on, and nothing else (no severity where there is no AugMix)."""
+        own = {"class": type(self).__name__, "version": VERSION, "n_aug": self.n_aug}
+        spec = own | {"size": self.size} | more
+        if self.augmix:
+            spec |= {"augmix": self.augmix_ops, "severity": self.severity}
+        return spec | ({"autoaugment": "imagenet"} if self.autoaugment else {})
+
+    def _views(self, image: Image.Image, seed: int) -> Iterator[tuple[Image.Image, list | None]]:
+        """The views in order, with the seed of what is mixed into them, or None."""
+        raise NotImplementedError
+
+    def __call__(self, image: Image.Image, seed: int) -> Tensor:
+        """Views [V,3,size,size] of a PIL image: uint8; float32 in [0,1] for real-valued mixes."""
+        mix = mixes.AUGMIX[self.augmix_ops] if self.augmix else None
+        mix = mixes.autoaugment if self.autoaugment else mix
+        is_float = mix in mixes.REAL_VALUED
+        shape = (self.n_views, self.size, self.size, 3)
+        pixels = np.empty(shape, np.float32 if is_float else np.uint8)
+        torch_state = torch.get_rng_state()
+        for k, (view, key) in enumerate(self._views(as_rgb(image), seed)):
+            if mix is None or key is None:
+                pixels[k] = np.asarray(view)
+                continue
+            rng = np.random.default_rng(key)
+            if self.draws_for_torch or not is_float:
+                # torchvision's mixes draw from torch's global generator. Seed the CPU one only, so
+                # that worker processes stay away from CUDA.
+                torch.default_generator.manual_seed(int(rng.integers(2**63)))
+            pixels[k] = mix(view, rng, self.severity)
+        torch.set_rng_state(torch_state)
+        if is_float:
+            np.clip(pixels / np.float32(255), 0, 1, out=pixels)
+        return torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
 
 @dataclass(frozen=True)
-class RandomViews:
+class RandomViews(_Mixing):
     """TPT's view generator: the image and `n_aug` random resized crops, half of them flipped.
 
     Crops are taken from the full-resolution image (area 8-100 %, ratio 3/4-4/3, bilinear), as in
@@ -52,77 +135,25 @@ class RandomViews:
     augmix_ops: str = "tpt"
     crop_side: float | None = None
 
-    VERSION = (
-        1  # raise it when the pixels change: cached features of the old version are then not used
-    )
+    draws_for_torch = True  # before every mix, even where nothing is drawn with torch
 
     def __post_init__(self) -> None:
-        if self.n_aug < 0 or self.n_aug != int(self.n_aug):
-            raise ValueError(f"n_aug is {self.n_aug!r}; it must be a whole number, 0 or more")
-        if self.size < 1 or self.size != int(self.size):
-            raise ValueError(f"size is {self.size!r}; it must be whole pixels, 1 or more")
-        if not 1 <= self.severity <= 10 or self.severity != int(self.severity):
-            raise ValueError(f"severity is {self.severity!r}; it must be whole, from 1 to 10")
-        if self.augmix_ops not in ("tpt", "torchvision"):
-            raise ValueError(
-                f"augmix_ops is {self.augmix_ops!r}; it must be 'tpt' or 'torchvision'"
-            )
+        self._check()
         if self.crop_side is not None and not 0 < self.crop_side <= 1:
             raise ValueError(f"crop_side is {self.crop_side!r}; it must be in (0, 1], or None")
         if self.augmix and self.autoaugment:
             raise ValueError("augmix and autoaugment are both on; choose one of them")
 
     @property
-    def n_views(self) -> int:
-        return self.n_aug + 1
-
-    @property
     def groups(self) -> tuple[int, int]:
         """(1, V): one group, the whole image."""
-        return 1, self.n_views
+        return 1, self.n_aug + 1
 
     def spec(self) -> dict:
-        """What the pixels depend on, and nothing else (no severity where there is no AugMix)."""
-        spec = {
-            "class": "RandomViews",
-            "version": self.VERSION,
-            "n_aug": self.n_aug,
-            "size": self.size,
-        }
-        if self.augmix:
-            spec |= {"augmix": self.augmix_ops, "severity": self.severity}
-        if self.autoaugment:
-            spec |= {"autoaugment": "imagenet"}
-        if self.crop_side is not None:
-            spec |= {"crop_side": float(self.crop_side)}
-        return spec
-
-    def __call__(self, image: Image.Image, seed: int) -> Tensor:
-        """Views [V,3,size,size] of a PIL image: uint8; float32 in [0,1] for real-valued mixes."""
-        image = as_rgb(image)
-        size = self.size
-        boxes, flips = self.draw(*image.size, seed)
-        mix, is_float = self._mixer()
-        pixels = np.empty((self.n_views, size, size, 3), np.float32 if is_float else np.uint8)
-        pixels[0] = np.asarray(center_view(image, size))
-        torch_state = torch.get_rng_state()
-        for k, (x, y, w, h) in enumerate(boxes.tolist(), start=1):
-            # crop, then resize: resize(box=...) would let pixels outside the box bleed into the
-            # border and so differ from torchvision's RandomResizedCrop.
-            crop = image.crop((x, y, x + w, y + h)).resize((size, size), BILINEAR)
-            crop = ImageOps.mirror(crop) if flips[k - 1] else crop
-            if mix is None:
-                pixels[k] = np.asarray(crop)
-            else:
-                rng = np.random.default_rng([seed, k])
-                # torchvision's mixes draw from torch's global generator. Seed the CPU one only, so
-                # that worker processes stay away from CUDA.
-                torch.default_generator.manual_seed(int(rng.integers(2**63)))
-                pixels[k] = mix(crop, rng, self.severity)
-        torch.set_rng_state(torch_state)
-        if is_float:
-            np.clip(pixels / np.float32(255), 0, 1, out=pixels)
-        return torch.from_numpy(pixels).permute(0, 3, 1, 2)
+        """What the pixels depend on."""
+        return self._spec() | (
+            {} if self.crop_side is None else {"crop_side": float(self.crop_side)}
+        )
 
     def draw(self, width: int, height: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
         """Boxes (x, y, w, h) of the crops, int [n_aug,4], and which are flipped, bool [n_aug]."""
@@ -136,33 +167,26 @@ class RandomViews:
             boxes = side_boxes(width, height, self.crop_side, draws[:, 0, 2:])
         return boxes, uniforms[:, -1] < 0.5
 
-    @property
-    def only_crops(self) -> bool:
-        """Are the views crops of the image, with nothing done to them but flips?"""
-        return not (self.augmix or self.autoaugment)
+    def _views(self, image: Image.Image, seed: int) -> Iterator[tuple[Image.Image, list | None]]:
+        yield center_view(image, self.size), None
+        boxes, flips = self.draw(*image.size, seed)
+        for k, ((x, y, w, h), flip) in enumerate(zip(boxes.tolist(), flips, strict=True), start=1):
+            # crop, then resize: resize(box=...) would let pixels outside the box bleed into the
+            # border and so differ from torchvision's RandomResizedCrop.
+            crop = image.crop((x, y, x + w, y + h)).resize((self.size, self.size), BILINEAR)
+            yield ImageOps.mirror(crop) if flip else crop, [seed, k]
 
-    def plan(self, image: Image.Image, seed: int) -> resample.Plan:
-        """The views of :meth:`__call__`, drawn but not resampled; for ``only_crops``."""
+    def plan(self, image: Image.Image, seed: int) -> Plan:
+        """The views of a call, drawn but not resampled; for ``only_crops``."""
         image = as_rgb(image)
         (x, y, w, h), flips = (a.T for a in self.draw(*image.size, seed))
-        crops = [
-            resample.axis(x, x + w, self.size, mirror=flips),
-            resample.axis(y, y + h, self.size),
-        ]
+        crops = [axis(x, x + w, self.size, mirror=flips), axis(y, y + h, self.size)]
         whole = center_axes(np.array([(0, 0, *image.size)]), self.size)
         return as_plan(image, np.concatenate([whole, np.stack(crops)], axis=1))
 
-    def _mixer(self) -> tuple[Callable | None, bool]:
-        """The function applied to each crop, and whether its pixels are real numbers."""
-        if self.autoaugment:
-            return _autoaugment, True
-        if self.augmix:
-            return (tpt_augmix, True) if self.augmix_ops == "tpt" else (_torchvision_augmix, False)
-        return None, False
-
 
 @dataclass(frozen=True)
-class PatchViews:
+class PatchViews(_Mixing):
     """The image and the patches of a grid laid over it, each with `n_aug` AugMix copies.
 
     The augmenter of the study "TPT with patches". V = (P+1)(n_aug+1) views: the image, its copies,
@@ -189,16 +213,10 @@ class PatchViews:
     size: int = 224
     augmix_ops: str = "tpt"
 
-    VERSION = 1  # raise it when the pixels change
+    draws_for_torch = False
 
     def __post_init__(self) -> None:
-        RandomViews(
-            n_aug=self.n_aug,
-            augmix=self.augmix,
-            severity=self.severity,
-            size=self.size,
-            augmix_ops=self.augmix_ops,
-        )  # checks what the two have in common
+        self._check()
         if self.n_patches < 0 or self.n_patches != int(self.n_patches):
             raise ValueError(f"n_patches is {self.n_patches!r}; it must be a whole number, from 0")
         if not 0 <= self.overlap <= 1:
@@ -228,24 +246,11 @@ class PatchViews:
         """(P+1, n_aug+1): groups, and views in each; group 0 is the whole image."""
         return self.patches + 1, self.n_aug + 1
 
-    @property
-    def n_views(self) -> int:
-        return math.prod(self.groups)
-
     def spec(self) -> dict:
-        """What the pixels depend on, and nothing else (the grid, not how many were asked for)."""
-        spec = {
-            "class": "PatchViews",
-            "version": self.VERSION,
-            "n_aug": self.n_aug,
-            "grid": self.grid,
-            "size": self.size,
-        }
-        if self.grid > 1:  # one patch is the image, whatever the overlap
-            spec["overlap"] = float(self.overlap)
-        if self.augmix:
-            spec |= {"augmix": self.augmix_ops, "severity": self.severity}
-        return spec
+        """What the pixels depend on (the grid, not how many patches were asked for)."""
+        # one patch is the image, whatever the overlap
+        overlap = {"overlap": float(self.overlap)} if self.grid > 1 else {}
+        return self._spec(grid=self.grid, **overlap)
 
     def boxes(self, width: int, height: int) -> np.ndarray:
         """Boxes (left, top, right, bottom), int [P+1,4]: the image, then its patches."""
@@ -254,47 +259,38 @@ class PatchViews:
             return whole
         return np.concatenate([whole, patch_boxes(width, height, self.grid, self.overlap)])
 
-    @property
-    def only_crops(self) -> bool:
-        """Are the views crops of the image, with nothing done to them?"""
-        return not self.augmix
+    def _views(self, image: Image.Image, seed: int) -> Iterator[tuple[Image.Image, list | None]]:
+        for g, box in enumerate(self.boxes(*image.size).tolist()):
+            plain = center_view(image.crop(box), self.size)
+            yield plain, None
+            for a in range(1, self.n_aug + 1):
+                yield plain, [seed, g, a]
 
-    def plan(self, image: Image.Image, seed: int) -> resample.Plan:
-        """The views of :meth:`__call__`, not resampled yet; for ``only_crops``."""
+    def plan(self, image: Image.Image, seed: int) -> Plan:
+        """The views of a call, not resampled yet; for ``only_crops``."""
         image = as_rgb(image)
         axes = center_axes(self.boxes(*image.size), self.size)
         return as_plan(image, axes.repeat(self.n_aug + 1, axis=1))
 
-    def __call__(self, image: Image.Image, seed: int) -> Tensor:
-        """Views [V,3,size,size] of a PIL image: uint8; float32 in [0,1] with TPT's AugMix."""
-        image, size = as_rgb(image), self.size
-        crops = [image.crop(box) for box in self.boxes(*image.size).tolist()]
-        is_float = self.augmix and self.augmix_ops == "tpt"
-        shape = (*self.groups, size, size, 3)
-        pixels = np.empty(shape, np.float32 if is_float else np.uint8)
-        torch_state = torch.get_rng_state()
-        for g, crop in enumerate(crops):
-            plain = center_view(crop, size)
-            pixels[g] = np.asarray(plain)
-            for a in range(1, self.n_aug + 1) if self.augmix else ():
-                rng = np.random.default_rng([seed, g, a])
-                if is_float:
-                    pixels[g, a] = tpt_augmix(plain, rng, self.severity)
-                else:
-                    torch.default_generator.manual_seed(int(rng.integers(2**63)))
-                    pixels[g, a] = _torchvision_augmix(plain, rng, self.severity)
-        torch.set_rng_state(torch_state)
-        if is_float:
-            np.clip(pixels / np.float32(255), 0, 1, out=pixels)
-        return torch.from_numpy(pixels.reshape(-1, size, size, 3)).permute(0, 3, 1, 2)
 
-
-AUGMENTERS: dict[str, Callable] = {
+AUGMENTERS: dict[str, type] = {
     "random": RandomViews,
     "AugmenterTPT": RandomViews,  # the names in the study that this course follows
     "patch": PatchViews,
     "PatchAugmenter": PatchViews,
 }
+
+
+def names() -> list[str]:
+    """The augmenters that :func:`get` knows."""
+    return list(AUGMENTERS)
+
+
+def get(name: str) -> type:
+    """The augmenter of that name, a dataclass; ``ValueError`` lists the known ones."""
+    if name not in AUGMENTERS:
+        raise ValueError(unknown("augmenter", name, AUGMENTERS))
+    return AUGMENTERS[name]
 
 
 def make_augmenter(name: str, size: int, **params) -> RandomViews | PatchViews:
@@ -303,12 +299,8 @@ def make_augmenter(name: str, size: int, **params) -> RandomViews | PatchViews:
     Raises:
         ValueError: unknown name (lists the known ones) or parameter (lists the known ones).
     """
-    if name not in AUGMENTERS:
-        raise ValueError(f"unknown augmenter {name!r}; known: {', '.join(sorted(AUGMENTERS))}")
-    known = [f for f in AUGMENTERS[name].__dataclass_fields__ if f != "size"]
-    unknown = sorted(set(params) - set(known))
-    if unknown:
-        raise ValueError(
-            f"augmenter {name!r} has no parameter {unknown}; it has {', '.join(known)}"
-        )
-    return AUGMENTERS[name](size=size, **params)
+    known = [f.name for f in dataclasses.fields(get(name)) if f.name != "size"]
+    wrong = sorted(set(params) - set(known))
+    if wrong:
+        raise ValueError(f"augmenter {name!r} has no parameter {wrong}; it has {', '.join(known)}")
+    return get(name)(size=size, **params)

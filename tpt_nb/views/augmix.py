@@ -51,7 +51,7 @@ def tpt_augmix(image: Image.Image, rng: np.random.Generator, severity: int) -> n
     return mix
 
 
-def _torchvision_augmix(image: Image.Image, rng: np.random.Generator, severity: int) -> np.ndarray:
+def torchvision_augmix(image: Image.Image, rng: np.random.Generator, severity: int) -> np.ndarray:
     """torchvision's AugMix (13 operations, colour too) on the uint8 tensor: uint8 [S,S,3]."""
     from torchvision.transforms import AugMix
 
@@ -59,7 +59,7 @@ def _torchvision_augmix(image: Image.Image, rng: np.random.Generator, severity: 
     return AugMix(severity=severity)(pixels).permute(1, 2, 0).numpy()
 
 
-def _autoaugment(image: Image.Image, rng: np.random.Generator, severity: int) -> np.ndarray:
+def autoaugment(image: Image.Image, rng: np.random.Generator, severity: int) -> np.ndarray:
     """torchvision's AutoAugment (ImageNet policy) blended with the crop, float32 [S,S,3].
 
     ``m * crop + (1-m) * auto``, m ~ Beta(1,1).
@@ -69,3 +69,7 @@ def _autoaugment(image: Image.Image, rng: np.random.Generator, severity: int) ->
     m = np.float32(rng.beta(1.0, 1.0))
     auto = np.asarray(AutoAugment()(image), np.float32)
     return m * np.asarray(image, np.float32) + (1 - m) * auto
+
+
+AUGMIX = {"tpt": tpt_augmix, "torchvision": torchvision_augmix}
+REAL_VALUED = (tpt_augmix, autoaugment)  # the others give whole grey levels

@@ -1,21 +1,4 @@
-"""Augmenters: one image -> V views.
-
-An augmenter is a picklable callable ``augmenter(image: PIL.Image, seed: int) -> Tensor [V,3,S,S]``
-with ``n_views``, ``size``, ``groups`` (G, V/G: the views come in G groups of equally many, first
-those of the whole image, then those of each patch) and ``spec()``, a JSON-able description of
-everything its pixels depend on (part of the key of the feature cache). View 0 is always the
-un-augmented image: shorter side resized to S (bicubic), centre crop. Views are uint8, or float32 in
-[0,1] where mixing makes them non-integer; normalisation with the model's mean and std is the
-encoder's business. The memory layout is channels_last, which is what numpy gives and what the
-encoder wants: use ``reshape``, not ``view``, on them.
-
-An augmenter whose views are crops and nothing else (``only_crops``) also has ``plan(image, seed)``,
-which draws the same views and leaves the resampling to :mod:`tpt_nb.resample`.
-
-Views are drawn from ``(seed, image id)`` through :func:`view_seed` alone: neither the order of the
-images nor the number of worker processes matters, and torch's and numpy's global generators are
-left as they were.
-"""
+"""Where crops and patches lie, and the un-augmented view."""
 
 import numpy as np
 import torch
@@ -25,8 +8,6 @@ from tpt_nb.core.images import STRIP
 from tpt_nb.views import resample
 
 BILINEAR, BICUBIC = Image.Resampling.BILINEAR, Image.Resampling.BICUBIC
-
-
 # torchvision's RandomResizedCrop defaults, which TPT keeps.
 CROP_AREA, CROP_RATIO, CROP_TRIES = (0.08, 1.0), (3 / 4, 4 / 3), 10
 

@@ -17,8 +17,6 @@ import torch
 from torch import Tensor
 
 BILINEAR, BICUBIC = 1.0, 2.0  # filters, by their reach in pixels
-
-
 BUDGET = {"cuda": 2**28, "cpu": 2**24}  # bytes for intermediate results
 
 
