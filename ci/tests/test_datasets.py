@@ -1,6 +1,7 @@
 """The field's data sets on miniature trees of their true layout."""
 
 import json
+import pickle
 import random
 import shutil
 from importlib import resources
@@ -13,8 +14,8 @@ import torch
 from PIL import Image
 
 from tpt_nb import datasets
-from tpt_nb.core.paths import DATA
-from tpt_nb.datasets import BENCHMARKS, imagenet_classes
+from tpt_nb.core.paths import DATA, cache_dir, datasets_dir
+from tpt_nb.datasets import BENCHMARKS, imagenet_classes, registry
 
 PNG = None
 
@@ -481,3 +482,40 @@ def test_templates_of_the_data_sets(mini):
     )
     expected = template_features(mini, ["banded", "dotted"], ["{} texture."])
     assert torch.equal(prompts.text_features(), expected)
+
+
+# --- the registry --------------------------------------------------------------------------------
+
+
+def test_names_get_and_register(monkeypatch, tmp_path):
+    assert datasets.names()[0] == "iconshift" and {"folder", "dtd"} < set(datasets.names())
+    for broken in (datasets.get, datasets.load):
+        with pytest.raises(ValueError, match="unknown data set 'imagenet_a'; did you mean 'imagen"):
+            broken("imagenet_a")
+    monkeypatch.setattr(registry, "DATASETS", dict(registry.DATASETS))
+    image(tmp_path / "cat" / "1.png")
+    image(tmp_path / "dog" / "2.png")
+    datasets.register("pets", lambda root, classnames: datasets.load_folder(tmp_path, classnames))
+    assert datasets.load("pets").classnames == ["cat", "dog"] and "pets" in datasets.names()
+    assert datasets.load("pets", n=1, classnames=["Dog", "Cat"]).ids == ["cat/1.png"]
+
+
+def test_every_data_set_can_be_pickled_for_workers():
+    for name in datasets.ICONSHIFT:
+        part = datasets.load(name, n=3)
+        again = pickle.loads(pickle.dumps(part))
+        assert again[2][0].tobytes() == part[2][0].tobytes() and again.ids == part.ids
+
+
+def test_where_the_cache_is(monkeypatch):
+    monkeypatch.setenv("TPT_NB_CACHE", "/somewhere")
+    assert cache_dir() == Path("/somewhere")
+    for name in ("TPT_NB_CACHE", "TPT_NB_DATASETS"):
+        monkeypatch.setenv(name, "")  # as if it were not set, and not the current folder
+    monkeypatch.setenv("HOME", "/home/x")
+    assert datasets_dir() == Path("/home/x/.cache/tpt_nb/datasets")
+    monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    with pytest.raises(OSError, match="no home folder: set TPT_NB_CACHE"):
+        cache_dir()
+    monkeypatch.setenv("TPT_NB_CACHE", "/somewhere")
+    assert cache_dir() == Path("/somewhere")

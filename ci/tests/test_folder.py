@@ -283,9 +283,9 @@ def test_every_real_folder_counts_once(root, tmp_path):
     assert data.ids == [
         "cat-10/2.png", "cat/a.PNG", "cat/b.png", "great_dane/x/1.png", "lynx/3.png"
     ]  # fmt: skip
-    assert "4 links to folders that are read already (the first: a-first)" in data.note
-    assert "1 class folders without images (the first: a-first)" in data.note
-    assert "1 links that lead nowhere (the first: self)" in data.note
+    assert "links to folders that are read already: 4 (the first: a-first)" in data.note
+    assert "class folders without images: 1 (the first: a-first)" in data.note
+    assert "links that lead nowhere: 1 (the first: self)" in data.note
 
 
 def test_a_linked_root_and_twice_the_same_folder_elsewhere(root, tmp_path):
@@ -358,13 +358,13 @@ def test_what_is_left_out_is_said(root, capsys):
     save(root / "Great Dane" / "y.png")
     data = load_folder(root)
     assert data.note == (
-        f"{root}: 3 pictures of other kinds left out (the first: cat-10/x/3.jpe); "
-        "1 images in no class folder left out (the first: loose.png); "
-        "1 class folders without images (the first: empty); "
-        "1 class names of two folders (the first: 'Great Dane' and 'great_dane')"
+        f"{root}: pictures of other kinds left out: 3 (the first: cat-10/x/3.jpe); "
+        "images in no class folder left out: 1 (the first: loose.png); "
+        "class folders without images: 1 (the first: empty); "
+        "class names of two folders: 1 (the first: 'Great Dane' and 'great_dane')"
     )
     image_files(root)
-    assert "3 pictures of other kinds left out" in capsys.readouterr().out
+    assert "pictures of other kinds left out: 3" in capsys.readouterr().out
 
 
 def test_two_spellings_of_unicode_are_one_class(tmp_path):
@@ -372,7 +372,7 @@ def test_two_spellings_of_unicode_are_one_class(tmp_path):
         save(tmp_path / name / f"{k}.png")
     data = load_folder(tmp_path)
     assert data.classnames == ["caf\u00e9"] and data.targets == [0, 0]
-    assert "1 class names of two folders" in data.note
+    assert "class names of two folders: 1" in data.note
     assert load_folder(tmp_path, ["CAFE\u0301", "tea"]).targets == [0, 0]
 
 

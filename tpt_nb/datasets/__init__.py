@@ -4,7 +4,7 @@ Never imported here: models, views, or anything that computes on images.
 One more data set: a line in the table of ``registry.py``, or ``register`` in a notebook.
 """
 
-from tpt_nb.datasets import iconshift, sources
+from tpt_nb.datasets import iconshift
 from tpt_nb.datasets.benchmarks import BENCHMARKS
 from tpt_nb.datasets.damage import CORRUPTIONS, SEVERITIES, corrupt, corrupted
 from tpt_nb.datasets.dataset import Dataset, balanced_subset, subset
@@ -34,7 +34,6 @@ __all__ = [
     "load_folder",
     "names",
     "register",
-    "sources",
     "subset",
     "template",
 ]

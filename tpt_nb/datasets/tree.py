@@ -37,7 +37,7 @@ def is_image(name: str) -> bool:
 
 def some(items: Sequence[str], what: str) -> list[str]:
     """A note with the number and the first of what was left out; none of nothing."""
-    return [f"{len(items)} {what} (the first: {printable(items[0])})"] if items else []
+    return [f"{what}: {len(items)} (the first: {printable(items[0])})"] if items else []
 
 
 def others(names: Sequence[str]) -> list[str]:
