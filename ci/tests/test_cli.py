@@ -11,7 +11,8 @@ import pytest
 from test_runs import BROKEN, CLASSES, PER_CLASS, world  # noqa: F401 (a fixture)
 
 from tpt_nb import __main__ as cli
-from tpt_nb import metrics
+from tpt_nb import methods, metrics
+from tpt_nb.core.command_line import fields_of, parse
 from tpt_nb.runs import RunConfig, load_run
 
 REPO = Path(__file__).resolve().parents[2]
@@ -51,21 +52,33 @@ def test_evaluate_ends_with_the_promised_object(options, capsys):
 
 
 def test_every_field_is_an_option_in_both_spellings():
-    for field in dataclasses.fields(RunConfig):
-        for name in {field.name, field.name.replace("_", "-")}:
-            if isinstance(field.default, bool):
-                for word, value in ((f"--{name}", True), (f"--no-{name}", False)):
-                    args = cli.parser().parse_args(["evaluate", word])
-                    assert getattr(args, field.name) is value
+    fields = cli.run_fields()
+
+    def parsed(*words: str) -> dict:
+        return parse("evaluate", "", fields, words)
+
+    own = {name for method in methods.names() for name in fields_of(methods.get(method).options)}
+    assert {f.name for f in dataclasses.fields(RunConfig)} - {"options"} <= set(fields)
+    assert {"learning_rate", "selection_p_all", "lambda_q", "order"} <= own <= set(fields)
+    for name, (hint, *_) in fields.items():
+        for word in {name, name.replace("_", "-")}:
+            if hint is bool:
+                assert parsed(f"--{word}") == {name: True}
+                assert parsed(f"--no-{name}") == {name: False}
             else:
-                args = cli.parser().parse_args(["evaluate", f"--{name}", "1"])
-                value = getattr(args, field.name)
-                assert value == 1 or value == "1"
-    defaults = vars(cli.parser().parse_args(["evaluate"]))
-    names = {field.name for field in dataclasses.fields(RunConfig)}
-    assert RunConfig(**{k: v for k, v in defaults.items() if k in names}) == RunConfig()
-    none = cli.parser().parse_args(["evaluate", "--reduced-size", "none"])
-    assert none.reduced_size is None
+                assert parsed(f"--{word}", "1") == {name: parsed(f"--{name}=1")[name]}
+    assert parsed() == {} and RunConfig.from_dict({}) == RunConfig()
+    assert parsed("--reduced-size", "none") == {"reduced_size": None}
+
+
+def test_help_is_quick_and_lists_the_commands(capsys):
+    assert cli.main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in cli.COMMANDS)
+    for name in cli.COMMANDS:
+        with pytest.raises(SystemExit) as exit_:
+            cli.main([name, "--help"])
+        assert exit_.value.code == 0 and "--" in capsys.readouterr().out
 
 
 def test_compare(options, capsys):
