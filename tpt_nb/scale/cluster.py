@@ -29,7 +29,7 @@ import torch
 
 from tpt_nb import __version__, datasets, features, runs
 from tpt_nb.core.files import only_writer, write_whole
-from tpt_nb.core.messages import bar, first_line
+from tpt_nb.core.messages import bar, first_line, say_once
 from tpt_nb.core.paths import REPO, cache_dir
 from tpt_nb.core.remote import Remote, is_remote
 
@@ -48,11 +48,13 @@ _dataset = functools.lru_cache(maxsize=1)(datasets.load)  # task
 def describe(job: dict) -> dict:
     """The job with every default of its configuration filled in, and what there is to do for it.
 
-    Adds ``name`` (of the run), ``key`` (folder of its features below the cache) and ``missing``
-    (positions of the images whose features are not there); for a finished run these two are empty.
+    Adds ``name`` (of the run), ``why`` (this profile), ``key`` (folder of its features below the
+    cache) and ``missing`` (positions of the images whose features are not there); the last two are
+    empty for a finished run.
     """
-    config, _ = runs.resolve(_enter(job))
+    config, why = runs.resolve(_enter(job))
     job = job | {"values": dataclasses.asdict(config), "name": runs.run_name(config)}
+    job["why"] = f"profile {config.profile}: {why}"
     if (fetch(config.out, job["name"]) / "summary.json").is_file():
         return job | {"key": "", "missing": ()}
     dataset, _, _, key = _open(config)
@@ -101,7 +103,7 @@ def adapt(job: dict) -> str:
         done = runs.run(near, _session(), progress=False)
         if is_remote(config.out):
             publish(done.dir, config.out, done.name)
-    return said.getvalue()
+    return re.sub(r"^profile .*\n", "", said.getvalue(), flags=re.M)  # the driver said it
 
 
 def _enter(job: dict) -> runs.RunConfig:
@@ -202,6 +204,7 @@ def run_all(
                 yield i, job
             else:
                 found[i] = job
+                say_once(job["why"])
         broken = _encode(do, found.values(), min(slots, workers or slots), progress)
         yield from ((i, broken[job["key"]]) for i, job in found.items() if job["key"] in broken)
         left = [i for i, job in found.items() if job["key"] not in broken]
