@@ -20,10 +20,9 @@ WHEN = ("before", "after")
 
 
 def frame(records: Records) -> pd.DataFrame:
-    """The records as a table, checked.
+    """The records as a table.
 
-    Raises ``ValueError`` if there are none, if a needed column is missing, or if an image is there
-    twice.
+    Raises ``ValueError`` if there are none, a needed column is missing, or an image is there twice.
     """
     table = records if isinstance(records, pd.DataFrame) else pd.DataFrame(list(records))
     if not len(table):

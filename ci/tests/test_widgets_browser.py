@@ -17,7 +17,8 @@ REPO = Path(__file__).resolve().parents[2]
 CELL = f"""\
 import sys
 sys.path.insert(0, {str(REPO)!r})
-from tpt_nb import datasets, figures, widgets
+from tpt_nb import datasets, figures
+from tpt_nb.lessons import widgets
 figures.setup()
 controls = widgets.overlap_explorer(datasets.load("iconshift-a", n=4))"""
 

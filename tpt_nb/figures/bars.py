@@ -25,9 +25,7 @@ def intervals(
     A single series has its values written beside the marks.
 
     Args:
-        groups: names of the rows.
         series: name -> interval per group.
-        limits: of the value axis.
         reference: where a thin vertical line stands (chance, no gain).
     """
     k = len(series)
@@ -125,7 +123,6 @@ def two_scales(
     Each side has an axis of its own: the two are not to be compared as numbers.
 
     Args:
-        groups: names of the rows.
         right: one value per row; None or NaN leaves the place empty.
         references: where a thin vertical line stands, left and right.
     """
