@@ -137,7 +137,7 @@ def test_nothing_outside_methods_knows_a_method_by_name():
     allowed = {
         "tpt_nb.runs.config": {"tpt"},
         "tpt_nb.__main__": {"tpt"},
-        "tpt_nb.scale.plan": {"tpt"},
+        "tpt_nb.scale.planner": {"tpt"},
     }
     bad = [f for f in found if f.split(": ")[1].strip("'") not in allowed.get(f.split(":")[0], ())]
     assert not bad, bad
