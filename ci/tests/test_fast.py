@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from test_adapt import assert_equal, views_of
 
-from tpt_nb import core, methods, models
+from tpt_nb import methods, models
 from tpt_nb.core import machine
 from tpt_nb.losses import LOSSES, get_loss
 from tpt_nb.methods import tuning
@@ -236,12 +236,12 @@ def test_prompts_without_a_jacobian_say_so_and_still_adapt(small, options):
 
 def test_a_matrix_that_does_not_fit_is_not_made(prompts, monkeypatch):
     assert tuning.worth_a_jacobian(prompts, MANY) and not tuning.worth_a_jacobian(prompts, FEW)
-    monkeypatch.setattr(machine, "free_memory", lambda device: 10**6)
+    monkeypatch.setattr(tuning, "free_memory", lambda device: 10**6)
     assert not tuning.worth_a_jacobian(prompts, MANY)
 
 
 def test_free_memory_is_plausible():
-    free = core.free_memory(torch.device("cpu"))
+    free = machine.free_memory(torch.device("cpu"))
     assert 10**6 < free < 10**15
 
 
@@ -286,7 +286,7 @@ def test_the_closed_form_equals_the_optimiser(optimizer):
     for i in range(5):
         ctx = start.clone().requires_grad_(True)
         ctx.grad = gradient[i]
-        methods.OPTIMIZERS[optimizer]([ctx], lr=0.03).step()
+        tuning.OPTIMIZERS[optimizer]([ctx], lr=0.03).step()
         torch.testing.assert_close(closed[i], ctx.detach(), atol=1e-14, rtol=0)
 
 
@@ -295,11 +295,11 @@ def test_neither_order_nor_batch_size_changes_anything_in_float32(mini, n_images
     prompts = Prompts(mini, NAMES)
     features = views_of(prompts, 7, 16, seed=3)
     params = {"optimizer": "sgd", "lr": 0.1, "n_images": n_images}  # no sign of a rounding error
-    whole = methods.get("tpt")(features, prompts, **params)
+    whole = tpt(features, prompts, **params)
     assert (whole.logits - whole.logits_before).abs().max() > 1e-2
     order = torch.tensor([4, 2, 6, 0, 1, 3, 5])
     for batch in (1, 3):
-        again = methods.get("tpt")(features[order], prompts, batch=batch, **params)
+        again = tpt(features[order], prompts, batch=batch, **params)
         assert torch.equal(again.selected, whole.selected[order])
         scale = float(whole.logits.abs().max())
         torch.testing.assert_close(again.logits, whole.logits[order], atol=1e-5 * scale, rtol=0)
