@@ -173,6 +173,18 @@ def test_classnames_file_in_a_bucket(bucket):
     assert datasets.load("folder", root="memory://bucket/a").classnames == ["ray", "fruit"]
 
 
+def test_what_is_left_out_there_is_said_too(bucket):
+    ids = load_folder("memory://bucket/a").ids
+    for name in ("@eaDir/x.png", "n07753592/lost+found/x.png", "n07753592/x.avif", "loose.png"):
+        bucket.pipe(f"/bucket/a/{name}", png(1))
+    data = load_folder("memory://bucket/a")
+    assert data.ids == ids and data.classnames == ["n01498041", "n07753592"]
+    assert data.note == (
+        "memory://bucket/a: pictures of other kinds left out: 1 (the first: n07753592/x.avif); "
+        "images in no class folder left out: 1 (the first: loose.png)"
+    )
+
+
 def test_the_fingerprint_is_of_names_and_sizes(bucket):
     first = load_folder("memory://bucket/a").fingerprint
     bucket.pipe("/bucket/a/n07753592/d.png", png(3) + b"!")

@@ -124,9 +124,9 @@ def load(
         FileNotFoundError: the data set is not in this root; the message says where it was sought.
         ValueError: folders, labels or names that do not fit together, with the first mismatches.
     """
-    if BENCHMARKS[name].by_synset:
-        return _imagenet(name, root, classnames)
     if is_remote(root):
+        if BENCHMARKS[name].by_synset:
+            return _imagenet(name, root, None, classnames)
         raise ValueError(
             f"{name} cannot be read from {root}: its labels are in files of its own. Remote roots "
             "are for folder and the ImageNet family; copy this data set to a disk here."
@@ -134,20 +134,24 @@ def load(
     root = Path(root)
     if not root.is_dir():
         raise FileNotFoundError(f"{root} {'is a file' if root.exists() else 'does not exist'}")
-    return _with_split(name, root, classnames)
+    if not BENCHMARKS[name].by_synset:
+        return _with_split(name, root, classnames)
+    places = [root / place for place in BENCHMARKS[name].places if (root / place).is_dir()]
+    place = next(filter(has_class_folders, places), None)
+    if place is None:
+        raise _not_here(name, root)
+    return _imagenet(name, place, class_folders(place), classnames)
 
 
-def _imagenet(name: str, root: str | Path, classnames) -> Dataset:
-    """A set of the ImageNet family: class folders named by synset (V2: by number)."""
+def _imagenet(name: str, place: str | Path, folders: list[str] | None, classnames) -> Dataset:
+    """A set of the ImageNet family: class folders named by synset (V2: by number).
+
+    ``folders`` are those of a place on this machine, which are checked before they are read.
+    """
     benchmark = BENCHMARKS[name]
     names = imagenet_classes(name[-1] if name in ("imagenet-a", "imagenet-r") else "")
     if classnames is not None:
         names = _own_names(name, names, classnames)
-    if is_remote(root):
-        place, folders = root, None
-    else:
-        place = _place(name, Path(root), has_class_folders)
-        folders = class_folders(place)
     order = list(names)
     if name == "imagenet-v2" and not (folders and SYNSET.fullmatch(folders[0])):
         # sorted as strings "10" comes before "2": the number is the label, not the rank
@@ -214,15 +218,6 @@ def _with_split(name: str, root: Path, classnames) -> Dataset:
         if benchmark.split and not splits:
             note += f" (CoOp's {benchmark.split})"
     return from_files(name, names, sorted(items), note)
-
-
-def _place(name: str, root: Path, fits: Callable[[Path], bool]) -> Path:
-    if not root.is_dir():
-        raise FileNotFoundError(f"{root} {'is a file' if root.exists() else 'does not exist'}")
-    for place in BENCHMARKS[name].places:
-        if (root / place).is_dir() and fits(root / place):
-            return root / place
-    raise _not_here(name, root)
 
 
 def _not_here(name: str, root: Path, why: Sequence[str] = ()) -> FileNotFoundError:
