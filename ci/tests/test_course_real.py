@@ -6,7 +6,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from tpt_nb.course import execution, feedback, grading, masters, sandbox, values
+from tpt_nb.course import execution, feedback, grading, masters, sandbox, submissions, values
 from tpt_nb.lessons import check
 
 REPO = Path(__file__).resolve().parents[2]
@@ -92,6 +92,19 @@ def values_of(notebook: nbformat.NotebookNode, monkeypatch) -> dict[str, list[di
         exec(compile(cell.source, cell.id, "exec"), names)
         found[cell.id], given[:] = list(given), []
     return found
+
+
+@pytest.mark.parametrize("number", sorted({q[:2] for q in MISTAKES}))
+def test_what_is_run_of_a_solution_notebook_is_what_is_run_of_the_master(number, tmp_path):
+    master = master_of(number)
+    right = {q: question.solution for q, question in master.questions.items()}
+    nbformat.write(masters.version(master, "solution"), tmp_path / "x.ipynb")
+    one = submissions.read_submission("x", tmp_path / "x.ipynb", {master.name: master})
+    found = {q: submissions.find_answer(master, q, one.cells).source for q in master.questions}
+    assert found == right
+    asking = {q: f"files = !ls\n{source}\ntorch.softmax?" for q, source in right.items()}
+    ids = [[c.id for c in execution.graft(master, answers).cells] for answers in (right, asking)]
+    assert set(ids[0]) <= set(ids[1])  # a tree, so nothing that it needs is dropped
 
 
 @pytest.mark.parametrize("number", sorted({q[:2] for q in MISTAKES}))

@@ -16,13 +16,13 @@ over what the answer gives for random numbers drawn from ``check.seed()``. A que
 hidden tests is graded with its visible checks, read as ``check.report``. In the student version a
 cell tagged ``solution`` is left out, and one tagged ``gives-away`` loses its outputs.
 
-**Grading.** A submission is read as data. Cells are what Jupyter makes of them: ``x?``, ``%time`` and
-``!ls`` are Python calls. Its answers (found by question, by cell id, or by the name of the function;
-of several cells those that define it) are put into the master in place of the solutions; of the
-master only what answers and tests need is kept, and no solution. nbclient runs that in a sandbox
-(``course.sandbox``), with a seed drawn for this grading. The same tests run once with the
-reference solutions. Then, outside of the sandbox, value by value: a test passes if the answer
-gave what the reference gave. The tests of a question share its points; what is not a pass is
+**Grading.** A submission is read as data. Its cells are what Jupyter makes of them: ``x?``,
+``%time`` and ``!ls`` are Python calls. Answers (found by question, by cell id, or by the name of
+the function; of several cells those that define it) are put into the master in place of the
+solutions; of the master only what answers and tests need is kept, and no solution. nbclient runs
+that in a sandbox (``course.sandbox``), with a seed drawn for this grading. The same tests run once
+with the reference solutions. Then, outside of the sandbox, value by value: a test passes if the
+answer gave what the reference gave. The tests of a question share its points; what is no pass is
 worth nothing, and the reason is written down. An answer that ends the run (a loop without end, a
 dead kernel) is taken out, and the rest runs again. An answer that calls another answer gets what
 that one gives (04.2 calls 04.1): the solution in its place would have to be in the sandbox.

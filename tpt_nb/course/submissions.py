@@ -12,7 +12,7 @@ from pathlib import Path
 
 import nbformat
 
-from tpt_nb.course.cells import names_of, needed, own_statements, parse, pieces
+from tpt_nb.course.cells import names_of, needed, own_statements, parse, pieces, without_checks
 from tpt_nb.course.masters import Master, Mistake, Question
 
 SIZE = 200_000_000  # bytes of a submission; nearly all are outputs, which are not needed
@@ -240,7 +240,9 @@ def find_answer(master: Master, q: str, cells: Sequence[dict]) -> Answer:
             reason = f"{len(answers)} different cells answer this question"
             return Answer(status="duplicate", reason=reason)
         for cell in answers.values():
-            return Answer(source="\n".join([*_helpers(master, cell, cells), cell["source"]]))
+            return Answer(
+                source="\n".join([*_helpers(master, question, cell, cells), cell["source"]])
+            )
     return Answer(status="blank", reason="not answered")
 
 
@@ -260,10 +262,11 @@ def _definitions(source: str, question: Question) -> str:
     return "\n".join(texts[i] for i in needed(texts, asked or {*range(len(texts))}))
 
 
-def _helpers(master: Master, answer: dict, cells: Sequence[dict]) -> list[str]:
+def _helpers(master: Master, question: Question, answer: dict, cells: Sequence[dict]) -> list[str]:
     """Statements of other cells that the answer needs and that the master does not have."""
     known = {*master.names, *dir(builtins), "get_ipython"}
-    if names_of(answer["source"]).needs <= known:
+    source = without_checks(answer["source"], question.checks)
+    if names_of(source).needs <= known:
         return []
     others = []
     for piece in (piece for c in cells if c is not answer for piece in pieces(c["source"])):
@@ -271,5 +274,5 @@ def _helpers(master: Master, answer: dict, cells: Sequence[dict]) -> list[str]:
         touched = names.may_bind | names.changes
         if touched and not touched & known:
             others.append(piece)
-    chosen = needed([*others, answer["source"]], {len(others)})[:-1]
+    chosen = needed([*others, source], {len(others)})[:-1]
     return [others[i] for i in chosen]
