@@ -1,4 +1,4 @@
-"""What ``--cluster local`` gains and costs, and whether the planner's queue predicts it.
+"""What ``--cluster local`` gains and costs, and whether the planner's arithmetic predicts it.
 
     python ci/bench/cluster.py > out/bench/cluster.json   # 1,000 images; 10,000 for the memory
     python ci/bench/cluster.py --quick                    # four minutes on two idle cores
@@ -9,42 +9,39 @@ plain run. Measured are:
 
 - plain: ``evaluate`` without a cluster; one worker: the same with ``--cluster local
   --cluster-workers 1``. ``overhead`` is the whole command, with Ray's start, against plain;
-- two workers: ``speedup`` compares images per second of stage 1 with those of one worker, first
-  task to last; ``speedup_all`` the whole commands;
+- two workers: ``speedup`` compares stage 1 with that of one worker, ``speedup_all`` the commands;
 - killed: two workers, one of which is killed with -9 once;
-- planner: ``simulate`` with the seconds per image of the run with one worker predicts stage 1 with
-  two; ``error`` is (predicted - real) / real. ``error_killed`` the same for the run with the kill;
+- planner: ``planner.hours`` predicts stage 1 with two workers from the seconds of one; ``error`` is
+  (predicted - real) / real;
 - memory: resident megabytes of the driver over a run on a folder of small pictures: after the first
-  tenth of the images, at the end, and the largest in between.
+  tenth of the time, and the largest.
 """
 
 import argparse
 import json
 import os
 import platform
+import re
+import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 REPO = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPO))
 
-from tpt_nb.runs import RunConfig  # noqa: E402
-from tpt_nb.scale import (
-    cluster,
-    plan,  # noqa: E402
-)
+from tpt_nb.scale import planner  # noqa: E402
+from tpt_nb.scale.cluster import part_size  # noqa: E402
 
 
 def pictures(root: Path, n: int) -> None:
     """A folder of ``n`` small pictures in ten classes."""
-    from PIL import Image
-
     rng = np.random.default_rng(0)
     for i in range(n):
         place = root / f"class{i % 10}"
@@ -53,150 +50,93 @@ def pictures(root: Path, n: int) -> None:
         Image.fromarray(pixels).resize((64, 64)).save(place / f"{i:05d}.jpg")
 
 
-def resident() -> float:
-    """Megabytes of this process that are in memory."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmRSS"):
-            return int(line.split()[1]) / 1024
-    return float("nan")
+def resident(pid: int) -> float:
+    """Megabytes of a process that are in memory."""
+    return int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1]) / 1024
 
 
-def one(spec: dict) -> dict:
-    """A run in this process: what ``main`` starts for every measurement."""
-    config = RunConfig(**spec["config"])
-    if not spec["workers"]:
-        from tpt_nb.runs import run
-
-        done = run(config, progress=False)
-        return {"folder": str(done.dir), "encode_s": done.summary["seconds"]["encode"]}
-    killed, memory, finished = [], [], threading.Event()
-
-    def on_part(part: dict) -> None:
-        memory.append(resident())
-        if spec.get("kill") and len(memory) == 3:
-            killed.append(part["pid"])
-            os.kill(part["pid"], 9)
-
-    def watch() -> None:
-        while not finished.wait(0.5):
-            memory.append(resident())
-
-    if spec.get("memory"):
-        threading.Thread(target=watch, daemon=True).start()
-    done, report = cluster.evaluate(config, "local", spec["workers"], False, on_part)
-    finished.set()
-    first = min((p["began"] for p in report.parts), default=0)
-    last = max((p["ended"] for p in report.parts), default=0)
-    return {
-        "folder": done.dir,
-        "encode_s": last - first,
-        "seconds": report.seconds,
-        "parts": report.parts,
-        "retried": report.retried,
-        "killed": killed,
-        "memory": memory,
-        "report": report.text(),
-    }
+def kill_a_worker(folder: Path) -> bool:
+    """Kill one that encodes, once there are shards; was there one?"""
+    if len(list(folder.glob("cache/features/*/*.safetensors"))) < 3:
+        return False
+    for place in Path("/proc").glob("[0-9]*"):
+        try:
+            if (place / "cmdline").read_bytes().startswith(b"ray::encode_part"):
+                os.kill(int(place.name), signal.SIGKILL)
+                return True
+        except OSError:  # it has ended
+            continue
+    return False
 
 
-def measured(name: str, spec: dict, say) -> dict:
-    """A run in a new process; its result, and the seconds of the whole process."""
+def measured(folder: Path, options: dict, workers: int, say: Callable, kill: bool = False) -> dict:
+    """A command in a process of its own, watched: its seconds, its stage 1, its memory."""
+    options = options | {"out": folder / "runs", "cache": folder / "cache"}
+    command = [sys.executable, "-m", "tpt_nb", "evaluate"]
+    command += [f"--{name}={value}" for name, value in options.items()]
+    command += ["--cluster", "local", "--cluster-workers", str(workers)] if workers else []
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
-    command = [sys.executable, __file__, "--one", json.dumps(spec)]
-    began = time.perf_counter()
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    seconds = time.perf_counter() - began
-    if done.returncode:
-        raise SystemExit(f"{name} failed:\n{done.stderr[-3000:]}")
-    found = json.loads(done.stdout.splitlines()[-1]) | {"all_s": seconds}
-    say(f"{name}: {seconds:.1f} s, stage 1 {found['encode_s']:.1f} s; {found.get('report', '')}")
-    return found
+    folder.mkdir()
+    began, memory = time.perf_counter(), []
+    with open(folder / "said", "w") as said:
+        process = subprocess.Popen(command, env=environment, stdout=said, stderr=said, cwd=REPO)
+        while process.poll() is None:
+            memory.append(resident(process.pid))
+            kill = kill and not kill_a_worker(folder)
+            time.sleep(0.2)
+    seconds, text = time.perf_counter() - began, (folder / "said").read_text()
+    if process.returncode:
+        raise SystemExit(f"{folder.name} failed:\n{text[-3000:]}")
+    (run,) = (folder / "runs").iterdir()
+    summary = json.loads((run / "summary.json").read_text())
+    stage = re.search(r"encoded in .* in ([\d.]+) s", text)
+    encode = float(stage[1]) if stage else summary["seconds"]["encode"]
+    say(f"{folder.name}: {seconds:.1f} s, stage 1 {encode:.1f} s")
+    records = (run / "records.jsonl").read_bytes()
+    return {"all_s": seconds, "encode_s": encode, "records": records, "memory": memory}
 
 
-def same_records(a: dict, b: dict) -> bool:
-    """Are the records equal, line by line after sorting?"""
-    lines = [sorted((Path(x["folder"]) / "records.jsonl").read_bytes().splitlines())
-             for x in (a, b)]  # fmt: skip
-    return lines[0] == lines[1] and len(lines[0]) > 0
-
-
-def predict(parts: list[dict], workers: int, failures: int = 0) -> float:
-    """Seconds of stage 1, by the queue, from what the tasks of another run took.
-
-    With ``failures``, the mean over queues in which so many attempts are expected to fail.
-    """
-    images = sum(p["images"] for p in parts)
-    each = sum(p["ended"] - p["began"] for p in parts) / images
-    size = cluster.part_size(images, workers)
-    tasks = plan.durations(images, size, each)
-    if not failures:
-        return plan.simulate(tasks, workers).seconds
-    rate = failures / (len(tasks) + failures)
-    runs = [plan.simulate(tasks, workers, 0.0, rate, seed) for seed in range(200)]
-    return float(np.mean([r.seconds for r in runs]))
-
-
-def bench(args: argparse.Namespace, say) -> dict:
-    out: dict = {"machine": platform.machine(), "cores": os.cpu_count(), "images": args.images,
-                 "views": args.views, "threads_per_worker": 1}  # fmt: skip
-    with tempfile.TemporaryDirectory() as folder:
-
-        def spec(name: str, workers: int, **more) -> dict:
-            config = {"dataset": "iconshift-a", "reduced_size": args.images, "method": args.method,
-                      "n_aug": args.views - 1, "out": f"{folder}/{name}/runs",
-                      "cache": f"{folder}/{name}/cache"}  # fmt: skip
-            return {"config": config | more.pop("config", {}), "workers": workers, **more}
-
-        plain = measured("plain", spec("plain", 0), say)
-        single = measured("one worker", spec("one", 1), say)
-        double = measured("two workers", spec("two", 2), say)
-        rates = [args.images / x["encode_s"] for x in (plain, single, double)]
-        out |= {
-            "images_per_second": dict(zip(("plain", "one", "two"), rates, strict=True)),
-            "speedup": rates[2] / rates[1],
-            "speedup_all": single["all_s"] / double["all_s"],
-            "overhead": single["all_s"] / plain["all_s"] - 1,
-            "overhead_s": single["all_s"] - plain["all_s"],
-            "seconds": {"plain": plain["all_s"], "one": single["all_s"], "two": double["all_s"]},
-            "seconds_one": single["seconds"],
-            "same_records": {
-                "one": same_records(plain, single),
-                "two": same_records(plain, double),
-            },
-            "planner": {
-                "predicted_s": predict(single["parts"], 2),
-                "real_s": double["encode_s"],
-            },
-        }
-        out["planner"]["error"] = out["planner"]["predicted_s"] / out["planner"]["real_s"] - 1
-        if not args.quick:
-            killed = measured("two workers, one killed", spec("killed", 2, kill=True), say)
-            out["same_records"]["killed"] = same_records(plain, killed)
-            predicted = predict(single["parts"], 2, failures=1)
-            out["planner"] |= {
-                "predicted_killed_s": predicted,
-                "real_killed_s": killed["encode_s"],
-                "error_killed": predicted / killed["encode_s"] - 1,
-            }
-            out["retried"] = killed["retried"]
-        if args.memory_images:
-            pictures(Path(folder) / "pictures", args.memory_images)
-            config = {"dataset": "folder", "root": f"{folder}/pictures", "n_aug": 1,
-                      "reduced_size": None, "method": "confident_view"}  # fmt: skip
-            large = measured("memory", spec("large", 2, config=config, memory=True), say)
-            curve = large["memory"]
-            early = max(curve[: max(1, len(curve) // 10)])
-            out["driver_memory"] = {
-                "images": args.memory_images,
-                "early_mb": early,
-                "end_mb": curve[-1],
-                "largest_mb": max(curve),
-                "growth_mb": max(curve) - early,
-            }
+def bench(args: argparse.Namespace, place: Path, say: Callable) -> dict:
+    """All of it, as a dict."""
+    options = {"dataset": "iconshift-a", "reduced_size": args.images, "method": args.method,
+               "n_aug": args.views - 1}  # fmt: skip
+    plain, one, two = (
+        measured(place / name, options, workers, say)
+        for workers, name in enumerate(("plain", "one", "two"))
+    )
+    longest = one["encode_s"] * part_size(args.images, 2) / args.images
+    predicted = 3600 * planner.hours(one["encode_s"], longest, 2) - planner.START
+    out = {
+        "machine": platform.machine(), "cores": os.cpu_count(), "images": args.images,
+        "views": args.views, "threads_per_worker": 1,
+        "seconds": {"plain": plain["all_s"], "one": one["all_s"], "two": two["all_s"]},
+        "images_per_second": {"plain": args.images / plain["encode_s"],
+                              "one": args.images / one["encode_s"],
+                              "two": args.images / two["encode_s"]},
+        "speedup": one["encode_s"] / two["encode_s"], "speedup_all": one["all_s"] / two["all_s"],
+        "overhead": one["all_s"] / plain["all_s"] - 1,
+        "same_records": {"one": one["records"] == plain["records"],
+                         "two": two["records"] == plain["records"]},
+        "planner": {"predicted_s": predicted, "real_s": two["encode_s"],
+                    "error": predicted / two["encode_s"] - 1},
+    }  # fmt: skip
+    if not args.quick:
+        killed = measured(place / "killed", options, 2, say, kill=True)
+        out["same_records"]["killed"] = killed["records"] == plain["records"]
+        out["killed_s"] = killed["encode_s"]
+    if args.memory_images:
+        pictures(place / "pictures", args.memory_images)
+        many = {"dataset": "folder", "root": place / "pictures", "n_aug": 1, "model": "mini",
+                "method": "confident_view"}  # fmt: skip
+        curve = measured(place / "memory", many, 2, say)["memory"]
+        early = max(curve[: max(1, len(curve) // 10)])
+        out["driver_memory"] = {"images": args.memory_images, "early_mb": early,
+                                "largest_mb": max(curve)}  # fmt: skip
     return out
 
 
 def main() -> int:
+    """Run a command line; returns the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -205,17 +145,13 @@ def main() -> int:
     parser.add_argument("--method", default="confident_view", help="of stage 2")
     parser.add_argument("--memory-images", type=int, help="10000; with --quick 2000; 0: none")
     parser.add_argument("--quick", action="store_true", help="four minutes on two idle cores")
-    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
-    parser.add_argument("--one", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.one:
-        print(json.dumps(one(json.loads(args.one))))
-        return 0
     args.images = args.images or (400 if args.quick else 1000)
     if args.memory_images is None:
         args.memory_images = 2000 if args.quick else 10_000
-    result = bench(args, lambda text: print(text, file=sys.stderr, flush=True))
-    print(json.dumps(result, indent=1))
+    with tempfile.TemporaryDirectory() as place:
+        found = bench(args, Path(place), lambda text: print(text, file=sys.stderr, flush=True))
+    print(json.dumps(found, indent=1))
     return 0
 
 
