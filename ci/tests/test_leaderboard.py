@@ -1,137 +1,151 @@
 import contextlib
+import dataclasses
 import io
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from tpt_nb import datasets, metrics
-from tpt_nb import methods as adapt
-from tpt_nb.datasets import CORRUPTIONS, corrupt, corrupted, registry
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import leaderboard
+from tpt_nb import datasets, methods, metrics
+from tpt_nb.core.paths import REPO
+from tpt_nb.datasets.damage import CORRUPTIONS, corrupt, corrupted
+from tpt_nb.runs import leaderboard, load_run
+from tpt_nb.runs.sweep import read_yaml
 
 FEW = ["zero_shot", "vote", "tda"]
+SMALL = {"reduced_size": 6, "n_aug": 11}
+TWO = ["iconshift-a", "iconshift-r"]
 
 
-def board(out, *more, methods=FEW, variants=("iconshift-a",)):
-    argv = ["--variants", *variants, "--n", "6", "--n_aug", "11", "--orders", "2"]
-    return leaderboard.main([*argv, "--methods", *methods, "--out", str(out), *more])
+def board(out, variants=TWO[:1], names=FEW, **options):
+    """A small leaderboard as the command line starts it; returns its JSON."""
+    options = leaderboard.LeaderboardOptions(
+        variants=variants, methods=names, orders=2, json=True, **options
+    )
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text):
+        assert leaderboard.leaderboard(options, SMALL | {"out": str(out)}) == 0
+    return json.loads(text.getvalue().splitlines()[-1])
 
 
 @pytest.fixture(scope="module")
 def first(tmp_path_factory):
     """A small table of two data sets and two seeds: its folder, its JSON."""
     out = tmp_path_factory.mktemp("board")
-    text = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(text):
+    with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TPT_NB_CACHE", str(out / "cache"))
-        code = board(out, "--json", "--seeds", "2", variants=("iconshift-a", "iconshift-r"))
-    assert code == 0
-    return out, json.loads(text.getvalue().splitlines()[-1])
+        patch.setenv("TQDM_DISABLE", "1")
+        return out, board(out / "runs", TWO, seeds=2)
+
+
+@pytest.fixture
+def out(first, monkeypatch):
+    monkeypatch.setenv("TPT_NB_CACHE", str(first[0] / "cache"))
+    monkeypatch.setenv("TQDM_DISABLE", "1")
+    return first[0] / "runs"
 
 
 def test_the_table(first):
     _, table = first
     rows = {row["row"]: row for row in table["rows"]}
-    assert set(rows) == {"zero_shot", "vote", "tda", *(f"{m} + {p}" for m, p in leaderboard.MORE
-                         if m in FEW and p != "eighty")}  # fmt: skip
-    assert table["variants"] == table["decisive"] == ["iconshift-a", "iconshift-r"]
+    assert list(rows) == [*FEW, "zero_shot + seven", "vote + seven", "zero_shot + coop",
+                          "vote + coop"]  # fmt: skip
+    assert table["variants"] == table["decisive"] == TWO and table["seeds"] == 2
     for row in rows.values():
         assert row["online"] == (row["method"] == "tda")
-        accuracies = [row["variants"][v]["accuracy"] for v in table["variants"]]
+        accuracies = [row["variants"][v]["accuracy"] for v in TWO]
         assert row["mean"] == pytest.approx(np.mean(accuracies)) == row["mean_shifted"]
+        assert row["variants"][TWO[0]]["accuracy"] == pytest.approx(
+            np.mean(row["variants"][TWO[0]]["by_seed"])
+        )
         gain, low, high = row["gain_over_zero_shot"]
         assert gain == pytest.approx(row["mean"] - rows["zero_shot"]["mean"])
         assert low <= gain <= high
         assert sum(row["reliability"]["n"]) == 2 * 2 * 6
         assert row["seconds"] > 0 and row["bytes"] > 0
+        assert len(row["runs"]) == 2 * 2 * (2 if row["online"] else 1)
     assert table["wins"]["vote"]["tda"][0] == pytest.approx(
         rows["vote"]["mean"] - rows["tda"]["mean"]
     )
-    assert len(table["about"]["fingerprint"]) > 8
+    assert len(table["about"]["fingerprint"]) > 8 and "contrast_vote" in table["absent"]
 
 
-def test_a_row_is_what_the_method_predicts(first):
-    out, _ = first
-    raw = [json.loads(p.read_text()) for p in out.glob("iconshift-r-1-*.json")]
-    found = next(r for r in raw if r["row"] == "vote")
-    from tpt_nb import models
-    from tpt_nb.features import encode
-    from tpt_nb.models import Prompts
-    from tpt_nb.views import RandomViews
-
-    data = datasets.load("iconshift-r", n=6)
-    model = models.load("mini")
-    views = RandomViews(n_aug=11, size=model.image_size)
-    f = encode(data, model, views, seed=1, cache=out / "cache", progress=False)
-    assert f.encoded == 0, "encoded once, by the leaderboard"
-    logits = adapt.METHODS["vote"](f.features, Prompts(model, data.classnames)).logits
-    assert found["predicted"] == logits.argmax(1).tolist()
-    assert found["correct"] == [float(x) for x in logits.argmax(1) == f.targets]
-    assert found["ids"] == data.ids
-
-
-def test_no_method_reads_labels(first, monkeypatch, tmp_path):
-    """With shuffled targets every row predicts the same; what counts as right differs."""
-    out, _ = first
-    monkeypatch.setenv("TPT_NB_CACHE", str(out / "cache"))
-    load = datasets.load
-
-    def shuffled(name, **kwargs):
-        data = load(name, **kwargs)
-        data.targets = data.targets[1:] + data.targets[:1]
-        return data
-
-    monkeypatch.setattr(registry, "load", shuffled)
-    assert board(tmp_path) == 0
-    theirs = {
-        r["row"]: r for p in out.glob("iconshift-a-0-*.json") for r in [json.loads(p.read_text())]
-    }
-    mine = {r["row"]: r for p in tmp_path.glob("*-0-*.json") for r in [json.loads(p.read_text())]}
-    assert set(mine) == set(theirs)
-    for label, row in mine.items():
-        assert row["predicted"] == theirs[label]["predicted"]
-        assert row["confidence"] == theirs[label]["confidence"]
-        assert row["targets"] != theirs[label]["targets"]
+def test_a_row_is_of_runs(first, out):
+    """Each number comes from the records of ordinary runs, which the table names."""
+    runs = [load_run(path.parent) for path in out.glob("*/config.json")]
+    hashes = {run.name.rsplit("_", 1)[1]: run for run in runs}
+    row = next(row for row in first[1]["rows"] if row["row"] == "tda")
+    mine = [hashes[name] for name in row["runs"]]
+    assert [(r.config.dataset, r.config.seed, r.config.options["order"]) for r in mine] == [
+        (v, seed, seed * 2 + k) for v in TWO for seed in (0, 1) for k in (0, 1)
+    ]
+    accuracies = [metrics.accuracy(r.records) for r in mine]
+    assert row["mean"] == pytest.approx(np.mean(accuracies))
+    vote = next(row for row in first[1]["rows"] if row["row"] == "vote")
+    first_run = hashes[vote["runs"][0]]
+    assert vote["variants"][TWO[0]]["by_seed"][0] == metrics.accuracy(first_run.records)
+    every = [hashes[name] for name in vote["runs"][:2]]
+    records = [r | {"id": (i, r["id"])} for i, run in enumerate(every) for r in run.records]
+    assert vote["variants"][TWO[0]]["ece"] == pytest.approx(metrics.ece(records))
+    assert vote["variants"][TWO[0]]["log_prob"] == pytest.approx(-metrics.cross_entropy(records))
 
 
-def test_a_second_time_computes_nothing_and_a_new_method_is_in(
-    first, monkeypatch, tmp_path, capsys
-):
-    out, table = first
-    monkeypatch.setenv("TPT_NB_CACHE", str(out / "cache"))
-    measure, calls = leaderboard.measure, []
-    monkeypatch.setattr(
-        leaderboard, "measure", lambda row, *a: calls.append(row.label) or measure(row, *a)
-    )
-    variants = ("iconshift-a", "iconshift-r")
-    assert board(out, "--json", "--seeds", "2", variants=variants) == 0
-    again = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert not calls and again["rows"] == table["rows"]
+def test_a_second_time_computes_nothing_and_a_new_method_is_in(first, out, monkeypatch):
+    before = {p: p.stat().st_mtime_ns for p in out.glob("*/*.json*")}
+    assert board(out, TWO, seeds=2)["rows"] == first[1]["rows"]
+    assert {p: p.stat().st_mtime_ns for p in out.glob("*/*.json*")} == before
 
-    def always_first(features, prompts):
+    def always_first(features, prompts, options):
         """A method: one function, one line in the registry."""
-        out = adapt.zero_shot(features, prompts)
-        out.logits = torch.zeros_like(out.logits)
-        return out
+        found = methods.get("zero_shot")(features, prompts)
+        return dataclasses.replace(found, logits=torch.zeros_like(found.logits))
 
-    monkeypatch.setitem(adapt.METHODS, "always_first", always_first)
-    assert board(out, "--json", methods=[*FEW, "always_first"]) == 0
-    assert calls == ["always_first"]
-    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
-    assert "always_first" in [row["row"] for row in rows]
+    new = methods.Method(always_first, methods.get("zero_shot").options)
+    monkeypatch.setitem(methods.registry.METHODS, "always_first", new)
+    grid = read_yaml(REPO / "notebooks" / "sweeps" / "leaderboard.yaml", leaderboard.KEYS)
+    cells, _ = leaderboard.cells_of(grid, TWO[:1], [], 1, 1, SMALL)
+    assert "always_first" in [cell.label for cell in cells]
 
 
-def test_mistakes_are_one_line(capsys, tmp_path):
-    assert board(tmp_path, methods=["vot"]) == 2
-    assert "did you mean 'vote'" in capsys.readouterr().err
-    assert board(tmp_path, "--seeds", "0") == 2
-    assert leaderboard.main(["--variants", "nowhere"]) == 2
+def test_what_is_in_depends_on_the_model(tmp_path):
+    grid = read_yaml(REPO / "notebooks" / "sweeps" / "leaderboard.yaml", leaderboard.KEYS)
+
+    def labels(**overrides):
+        cells, data = leaderboard.cells_of(grid, TWO[:1], [], 1, 1, SMALL | overrides)
+        assert list(data) == TWO[:1]
+        return {cell.label for cell in cells}
+
+    plain = {name for name in methods.names() if not methods.get(name).needs}
+    assert labels() == plain | {f"{m} + {p}" for m in ("zero_shot", "vote")
+                                for p in ("seven", "coop")} | {"tpt + coop"}  # fmt: skip
+    assert labels(model="RN50") == plain | {f"{m} + seven" for m in ("zero_shot", "vote")} | {
+        "zero_shot + eighty"
+    }
+    assert "vote + coop" in labels(model="RN50", coop="some.pth.tar")
+
+
+def test_mistakes_are_one_line(out):
+    for names, options, message in (
+        (["vot"], {}, "did you mean 'vote'"),
+        (["ra_tta"], {}, "ra_tta needs "),
+        (FEW, {"seeds": 0}, "at least 1"),
+        (FEW, {"variants": ["nowhere"]}, "nowhere"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            board(out, **{"names": names} | options)
+
+
+def test_freshness_is_that_of_the_runs(first, out, monkeypatch, tmp_path, capsys):
+    stored = tmp_path / "leaderboard.json"
+    monkeypatch.setattr(leaderboard, "STORED", stored)
+    stored.write_text(json.dumps(first[1]))
+    check = leaderboard.LeaderboardOptions(check=True)
+    assert leaderboard.leaderboard(check) == 0 and "fresh" in capsys.readouterr().out
+    first[1]["rows"][1]["runs"][0] = "12345678"
+    stored.write_text(json.dumps(first[1]))
+    assert leaderboard.leaderboard(check) == 1
+    assert "of today: vote\n" in capsys.readouterr().out
 
 
 # --- numbers behind the table --------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""ci/sweep.py: grids, one table, features encoded once, failures that stop nothing, kills."""
+"""runs/sweep.py: grids, one table, features encoded once, failures that stop nothing, kills."""
 
 import csv
 import dataclasses
@@ -16,12 +16,16 @@ import yaml
 from test_runs import world  # noqa: F401 (a fixture)
 
 from tpt_nb import metrics, models
-from tpt_nb.core.paths import DATA
-from tpt_nb.runs import RunConfig, load_run, run, validate
+from tpt_nb.core.paths import DATA, REPO
+from tpt_nb.runs import RunConfig, load_run, pool, resolve, run, sweep
+from tpt_nb.runs.records import Run
 
-REPO = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(REPO / "ci"))
-import sweep  # noqa: E402
+
+def do(path, jobs=2, save="", **overrides):
+    """A sweep as the command line starts it; returns the exit code."""
+    options = sweep.SweepOptions(jobs=jobs, json=True, save=save)
+    return sweep.sweep(path, options, overrides)
+
 
 ROWS = [
     {"label": "prompt", "method": "zero_shot", "reported": 12.5},
@@ -46,8 +50,7 @@ def grid(world, tmp_path, monkeypatch):  # noqa: F811
 
 
 def test_a_sweep(grid, capsys):
-    command = [str(grid), "--reduced_size", "12", "--json", "--jobs", "2"]
-    assert sweep.main(command) == 1  # two rows cannot work
+    assert do(grid, reduced_size=12) == 1  # two rows cannot work
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     labels = ["prompt", "TPT", "steps", *(f"grid overlap={o} loss={loss}" for o in (0.0, 0.4)
               for loss in ("defaultTPT", "patch_loss2_study"))]  # fmt: skip
@@ -71,7 +74,7 @@ def test_a_sweep(grid, capsys):
         done.summary["n"] for done in list(runs.values())[:4]
     ]
 
-    # a row forked from the process that made what they share is the run that it would be alone
+    # a row of a process that did others before is the run that it would be alone
     alone = dataclasses.replace(runs["steps"].config, out="alone")
     assert [x["pred_after"] for x in run(alone).records] == [
         x["pred_after"] for x in runs["steps"].records
@@ -90,7 +93,7 @@ def test_a_sweep(grid, capsys):
     half.write_bytes(records[half][: len(records[half]) // 2])
     (half.parent / "summary.json").unlink()
     seconds = table.pop(labels.index(by_run(result, half)))["seconds_per_image"]
-    assert sweep.main([*command, "--save", "kept/small"]) == 1
+    assert do(grid, reduced_size=12, save="kept/small") == 1
     captured = capsys.readouterr()
     assert "patch_loss2_study: " in captured.out
     assert {p: p.read_bytes() for p in Path("runs/small").glob("*/records.jsonl")} == records
@@ -98,13 +101,13 @@ def test_a_sweep(grid, capsys):
         again = list(csv.DictReader(file))
     assert again.pop(labels.index(by_run(result, half)))["seconds_per_image"] != seconds
     assert again == table
-    assert "rows failed" in captured.err and not Path("kept").exists()
+    assert "rows failed" in captured.out and not Path("kept").exists()
 
     # a table to keep says what was measured on what, and not when or how fast
     about = {"about": "six  rows", "rows": [ROWS[0], ROWS[1], ROWS[3], ROWS[4]]}
     text = yaml.safe_dump({**yaml.safe_load(grid.read_text()), **about}, sort_keys=False)
     grid.write_text(text)
-    assert sweep.main([*command[:3], "--save", "kept/small"]) == 0
+    assert do(grid, reduced_size=12, save="kept/small") == 0
     with open("kept/small.csv") as file:
         kept = list(csv.DictReader(file))
     assert [row["label"] for row in kept] == labels and "seconds_per_image" not in kept[0]
@@ -117,7 +120,7 @@ def test_a_sweep(grid, capsys):
     text = Path("kept/small.md").read_text()
     assert text.startswith("six rows\n\n") and model.fingerprint in text
     bytes_ = [Path(f"kept/small.{kind}").read_bytes() for kind in ("csv", "md")]
-    sweep.main([*command[:3], "--out", "elsewhere", "--jobs", "1", "--save", "kept/small"])
+    do(grid, 1, "kept/small", reduced_size=12, out="elsewhere")
     assert [Path(f"kept/small.{kind}").read_bytes() for kind in ("csv", "md")] == bytes_
 
 
@@ -126,10 +129,10 @@ def by_run(result: dict, records: Path) -> str:
 
 
 def test_rows_over_other_images_are_not_kept_in_one_table(tmp_path):
-    rows = [sweep.Row(str(n), {}, config=RunConfig(reduced_size=n)) for n in (5, 6)]
-    lines = [{"label": row.label, "seconds_per_image": 1.0} for row in rows]
-    with pytest.raises(ValueError, match="differ in images"):
-        sweep.save(tmp_path / "kept", "", rows, lines, "")
+    runs = [Run(tmp_path, RunConfig(reduced_size=n), [], {}) for n in (5, 6)]
+    rows = [sweep.Row(str(i), {}, run=done) for i, done in enumerate(runs)]
+    with pytest.raises(ValueError, match="differ in reduced_size"):
+        sweep.save(tmp_path / "kept", "", rows, [{}, {}], "")
     assert not list(tmp_path.iterdir())
 
 
@@ -138,9 +141,10 @@ def test_a_killed_sweep_leaves_no_process_and_goes_on(grid, capsys):
     few = yaml.safe_load(grid.read_text())
     few["rows"] = [{"label": "TPT"}, {"label": "more", "n_aug": 9}]
     grid.write_text(yaml.safe_dump(few))
-    command = [sys.executable, str(REPO / "ci" / "sweep.py"), str(grid), "--jobs", "1"]
-    command += ["--reduced_size", "24", "--out", "here"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    code = "from tpt_nb.runs import sweep as s; o = s.SweepOptions(jobs=1)"
+    code += "\ns.sweep('small.yaml', o, {'reduced_size': 24, 'out': 'here'})"
+    environment = {**os.environ, "PYTHONPATH": str(REPO)}
+    process = subprocess.Popen([sys.executable, "-c", code], env=environment)
     deadline = time.time() + 300
     while not list(Path("here").glob("*/records.jsonl")) and time.time() < deadline:
         time.sleep(0.02)
@@ -151,41 +155,48 @@ def test_a_killed_sweep_leaves_no_process_and_goes_on(grid, capsys):
         time.sleep(1)
         sizes.append([p.stat().st_size for p in Path(".").glob("**/*.*") if p.is_file()])
     assert sizes[0] == sizes[1] and not Path("here/table.csv").exists()
-    assert sweep.main([*command[2:], "--json"]) == 0
+    assert do(grid, 1, reduced_size=24, out="here") == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert len(result["rows"]) == 2 and all(row["n"] >= 23 for row in result["rows"])
 
 
-def test_a_row_that_crashes_stops_nothing(tmp_path, monkeypatch, capsys):
-    rows = [sweep.Row(label, {}, config=RunConfig(), folder=tmp_path / label, features=label)
-            for label in ("dies", "lives", "raises")]  # fmt: skip
-    monkeypatch.setattr(sweep, "child", crash)
-    sweep.run_rows(rows, tmp_path, jobs=2)
-    assert "killed by signal 9" in rows[0].error
-    assert rows[1].error == ""
-    assert rows[2].error == "RuntimeError: out of luck"
-    assert "[3/3]" in capsys.readouterr().out
+def test_a_run_that_crashes_stops_nothing(grid, monkeypatch, tmp_path):
+    common = yaml.safe_load(grid.read_text())["common"] | {"out": str(tmp_path / "out")}
+    marks = ["dies", "lives", "raises", "too"]
+    configs = [RunConfig.from_dict({**common, "run_name": mark, "n_aug": 2}) for mark in marks]
+    logs = [tmp_path / f"{mark}.log" for mark in marks]
+    monkeypatch.setattr(pool, "_work", crash)
+    results = dict(pool.run_many([*configs, RunConfig(n_aug=-1)], [*logs, logs[0]], jobs=2))
+    assert "killed by signal 9" in str(results[0])
+    assert str(results[2]) == "RuntimeError: out of luck"
+    assert results[1].name.startswith("lives") and results[3].name.startswith("too")
+    assert "n_aug is -1" in str(results[4])
 
 
-def crash(values, log, label, threads):
-    log.write_text("")
-    if label == "dies":
-        os.kill(os.getpid(), signal.SIGKILL)
-    if label == "raises":
-        log.write_text("Traceback ...\nRuntimeError: out of luck\n")
-        raise SystemExit(1)
+def crash(pipe, threads):
+    """What a worker does, with accidents."""
+    engine_run = pool.run
+
+    def accident(config, session):
+        if config.run_name == "dies":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if config.run_name == "raises":
+            raise RuntimeError("out of luck")
+        return engine_run(config, session)
+
+    pool.run = accident
+    work(pipe, threads)
 
 
-def test_rows_that_share_views_wait_for_the_first(tmp_path):
-    rows = [sweep.Row(str(i), {}, features=f, folder=tmp_path / str(i))
-            for i, f in enumerate("aabb")]  # fmt: skip
-    a, a2, b, b2 = rows
-    assert sweep.startable(rows, [], set()) is a
-    assert sweep.startable([a2, b, b2], [a], set()) is b  # other views at the same time
-    assert sweep.startable([a2, b2], [a, b], set()) is None
-    assert sweep.startable([a2, b2], [b], {"a"}) is a2
-    twin = sweep.Row("twin", {}, features="a", folder=a.folder)
-    assert sweep.startable([twin], [a], {"a"}) is None  # the same run under another label
+work = pool._work
+
+
+def test_runs_that_share_views_wait_for_the_first():
+    a, a2, b, b2 = tasks = list(enumerate("aabb"))
+    assert pool.startable(tasks, [], set()) == a
+    assert pool.startable([a2, b, b2], [a], set()) == b  # other views at the same time
+    assert pool.startable([a2, b2], [a, b], set()) is None
+    assert pool.startable([a2, b2], [b], {"a"}) == a2
 
 
 @pytest.mark.parametrize(
@@ -200,20 +211,19 @@ def test_rows_that_share_views_wait_for_the_first(tmp_path):
         ("rows: [{label: a}, {label: a}]", "two rows are called 'a'"),
     ],
 )
-def test_a_file_that_is_no_grid_is_one_line(tmp_path, capsys, text, message):
+def test_a_file_that_is_no_grid_is_one_line(tmp_path, text, message):
     (tmp_path / "g.yaml").write_text(text)
-    assert sweep.main([str(tmp_path / "g.yaml"), "--out", str(tmp_path / "out")]) == 2
-    err = capsys.readouterr().err
-    assert message in err and len(err.strip().splitlines()) == 1
+    with pytest.raises(ValueError) as error:
+        do(tmp_path / "g.yaml", out=str(tmp_path / "out"))
+    assert message in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "out").exists()
 
 
-def test_no_file_and_no_such_option(tmp_path, capsys):
-    assert sweep.main([str(tmp_path / "g.yaml")]) == 2
-    assert "g.yaml" in capsys.readouterr().err
-    with pytest.raises(SystemExit) as stop:
-        sweep.main(["g.yaml", "--n_augs", "3"])
-    assert stop.value.code == 2
+def test_no_file_and_no_folder(tmp_path):
+    with pytest.raises(OSError, match="g.yaml"):
+        do(tmp_path / "g.yaml")
+    with pytest.raises(ValueError, match="out must be a folder here"):
+        do(tmp_path / "g.yaml", out="s3://bucket/x")
 
 
 @pytest.mark.parametrize("name, number", [("study", 28), ("corrected", 28)])
@@ -221,7 +231,7 @@ def test_the_grids_that_ship_are_right(name, number):
     baseline, rows, about = sweep.read_grid(REPO / "notebooks" / "sweeps" / f"{name}.yaml", {})
     assert baseline == "TPT" and len(rows) == number and about
     for row in rows:
-        validate(RunConfig.from_dict(row.values))
+        resolve(RunConfig.from_dict(row.values))
     if name == "study":
         adapted = [row for row in rows if row.values.get("method") != "zero_shot"]
         assert len(adapted) == 27 and all(row.reported for row in rows)
@@ -235,9 +245,26 @@ def test_the_grids_that_ship_are_right(name, number):
 
 
 def test_overrides_win(tmp_path):
-    (tmp_path / "g.yaml").write_text("rows: [{n_aug: [1, 2], seed: 3}]\ncommon: {seed: 1, lr: 2}")
+    (tmp_path / "g.yaml").write_text("rows: [{n_aug: [1, 2], seed: 3}]\ncommon: {seed: 1, lrr: 2}")
     _, rows, _ = sweep.read_grid(tmp_path / "g.yaml", {"seed": 9})
-    assert [row.values for row in rows] == [{"seed": 9, "lr": 2, "n_aug": n} for n in (1, 2)]
+    assert [row.values for row in rows] == [{"seed": 9, "lrr": 2, "n_aug": n} for n in (1, 2)]
     assert [row.label for row in rows] == ["n_aug=1", "n_aug=2"]
-    sweep.prepare(rows, tmp_path)
-    assert all("unknown parameter 'lr'" in row.error for row in rows)
+    sweep.do_rows(rows, tmp_path, 1, lambda configs: iter(()))
+    assert all("unknown parameter 'lrr'" in row.error for row in rows)
+
+
+def test_rows_can_be_done_elsewhere(grid, capsys):
+    """A cluster gets the configurations, and gives back runs and errors in any order."""
+
+    def spread(configs):
+        for i in reversed(range(len(configs))):
+            try:
+                yield i, run(configs[i], progress=False)
+            except (ValueError, OSError) as error:
+                yield i, error
+
+    overrides = {"reduced_size": 12, "out": "there"}
+    assert sweep.sweep(grid, sweep.SweepOptions(json=True), overrides, spread) == 1
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert len(result["rows"]) == 7 and result["rows"][0]["label"] == "prompt"
+    assert [row["label"] for row in result["failed"]] == ["wrong", "no such file"]
