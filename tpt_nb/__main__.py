@@ -169,10 +169,12 @@ def leaderboard(argv: Sequence[str]) -> int:
     from tpt_nb.runs.leaderboard import LeaderboardOptions
     from tpt_nb.runs.leaderboard import leaderboard as do
 
-    fields = fields_of(LeaderboardOptions) | fields_of(Cluster)
+    own = fields_of(LeaderboardOptions)
+    fields = run_fields() | fields_of(Cluster) | own
     values = parse("leaderboard", leaderboard.__doc__, fields, argv)
     spread = _spread(values)
-    return do(LeaderboardOptions(**values), spread)
+    options = LeaderboardOptions(**{name: values.pop(name) for name in own if name in values})
+    return do(options, values, spread)
 
 
 def compare(argv: Sequence[str]) -> int:
