@@ -245,7 +245,7 @@ def test_make_augmenter():
     made = make_augmenter("random", 64, n_aug=7, augmix=True)
     assert made == make_augmenter("AugmenterTPT", 64, n_aug=7, augmix=True)
     assert made == RandomViews(n_aug=7, augmix=True, size=64)
-    with pytest.raises(ValueError, match="'patchwork'.*AugmenterTPT.*random"):
+    with pytest.raises(ValueError, match="'patchwork'.*'patch'.*random, AugmenterTPT"):
         make_augmenter("patchwork", 64)
     with pytest.raises(ValueError, match="'overlap'.*n_aug"):
         make_augmenter("random", 64, overlap=0.5)

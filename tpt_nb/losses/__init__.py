@@ -16,11 +16,11 @@ from tpt_nb.losses.marginal import (
     with_selection,
 )
 from tpt_nb.losses.patches import neighbours, select_in_groups, shared_area
-from tpt_nb.losses.registry import LOSSES, get, get_loss, names, needs_patches
+from tpt_nb.losses.registry import LOSSES, get, names, needs_patches
 from tpt_nb.losses.study import crossentropy_hard1, select_augmented
 
 __all__ = [
-    "LOSSES", "Loss", "Patches", "check_rho", "crossentropy_hard1", "entropy", "get", "get_loss",
+    "LOSSES", "Loss", "Patches", "check_rho", "crossentropy_hard1", "entropy", "get",
     "log_mean_prob", "marginal_entropy", "mean_entropy", "names", "needs_patches", "neighbours",
     "select_augmented", "select_confident", "select_in_groups", "shared_area", "with_selection",
 ]  # fmt: skip

@@ -83,6 +83,3 @@ def get(
         raise ValueError(f"groups={groups} has {count} patches, which make no square grid.")
     check_rho(rho_patch)
     return replace(loss, patches=Patches(tuple(groups), rho_patch, alpha, overlap))
-
-
-get_loss = get  # the older name

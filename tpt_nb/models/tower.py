@@ -18,8 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 QUICK_GELU = 1.702  # x * sigmoid(1.702 x)
-
-
 LONGEST = 16  # tokens of a suffix up to which Packed loops over pairs of positions
 
 
@@ -80,18 +78,12 @@ def _end_rows(x: Tensor, sizes: list[tuple[int, int]]) -> Tensor:
 
 def _project(block: nn.Module, x: Tensor, which: str) -> list[Tensor]:
     """Queries, keys or values: ``[B,T,d]`` -> one ``[B,h,T,e]`` per letter of ``which``."""
-    y = _project_flat(block, x, which)
-    y = y.unflatten(-1, (len(which), block.attn.num_heads, -1))  # [B,T,n,h,e]
-    return [t.transpose(1, 2) for t in y.unbind(2)]
-
-
-def _project_flat(block: nn.Module, x: Tensor, which: str) -> Tensor:
-    """Queries, keys and/or values side by side: ``[B,T,d] -> [B,T,n*d]``."""
     attention = block.attn
-    width = attention.embed_dim
-    first = "qkv".index(which[0]) * width
-    rows = slice(first, first + len(which) * width)
-    return F.linear(block.ln_1(x), attention.in_proj_weight[rows], attention.in_proj_bias[rows])
+    first = "qkv".index(which[0]) * attention.embed_dim
+    rows = slice(first, first + len(which) * attention.embed_dim)
+    y = F.linear(block.ln_1(x), attention.in_proj_weight[rows], attention.in_proj_bias[rows])
+    y = y.unflatten(-1, (len(which), attention.num_heads, -1))  # [B,T,n,h,e]
+    return [t.transpose(1, 2) for t in y.unbind(2)]
 
 
 def attend_causal(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
