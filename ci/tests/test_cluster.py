@@ -373,7 +373,7 @@ def test_features_that_several_runs_need_are_made_once(config, inline, monkeypat
     )
     changes = ({"method": "vote"}, {"method": "mta"}, {"run_name": "x"}, {"dataset": "no such"})
     configs = [config.replace(**change) for change in changes]
-    done = dict(scale.run_all(configs, "here", progress=False))
+    done = dict(scale.run_all(configs, "here"))
     assert sorted(parts) == list(range(55)) and sorted(done) == [0, 1, 2, 3]
     assert isinstance(done[3], ValueError) and "unknown data set" in str(done[3])
     assert [done[i].summary["method"] for i in range(3)] == ["vote", "mta", "tpt"]
@@ -390,7 +390,7 @@ def test_broken_parts_are_named_after_the_others_are_done(config, inline, monkey
 
     monkeypatch.setattr(cluster, "encode_part", encode_part)
     with pytest.raises(RuntimeError, match=r"number 4 to 5 failed 4 times: .*the disk is ill"):
-        scale.evaluate(config, "here", progress=False)
+        scale.evaluate(config, "here")
     assert sorted(read) == [i for i in range(55) if i not in (4, 5)]
 
 
@@ -403,7 +403,7 @@ def test_a_full_disk_ends_it_at_once(config, inline, monkeypatch):
 
     monkeypatch.setattr(cluster, "encode_part", encode_part)
     with pytest.raises(OSError, match="the disk is full"):
-        scale.evaluate(config, "here", progress=False)
+        scale.evaluate(config, "here")
     assert len(set(calls)) == 1
 
 
@@ -567,7 +567,7 @@ def test_a_worker_is_killed(scenes, capsys):
         return bool(killed)
 
     with when_shards_are_there(kill):
-        done = scale.evaluate(scenes, "local", 2, progress=False)
+        done = scale.evaluate(scenes, "local", 2)
     assert killed and lines(done.dir) == plainly(scenes)
     assert done.summary["encoded"] == 0 and "60 encoded" in capsys.readouterr().out
     assert no_daemons()
@@ -619,7 +619,7 @@ def test_a_node_leaves(scenes, monkeypatch, capsys):
             return True
 
         with when_shards_are_there(leave, 3):
-            done = scale.evaluate(scenes, nodes.address, progress=False)
+            done = scale.evaluate(scenes, nodes.address)
     finally:
         nodes.shutdown()
     assert left and lines(done.dir) == plainly(scenes)

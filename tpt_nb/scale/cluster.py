@@ -22,7 +22,7 @@ import re
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -165,20 +165,17 @@ def publish(folder: Path, url: str, name: str) -> None:
 # --- the driver ----------------------------------------------------------------------------------
 
 
-def evaluate(
-    config: runs.RunConfig, address: str, workers: int | None = None, progress: bool = True
-) -> runs.Run:
+def evaluate(config: runs.RunConfig, address: str, workers: int | None = None) -> runs.Run:
     """One run on a cluster; raises what ``runs.run`` and :func:`run_all` raise."""
-    ((_, done),) = run_all([config], address, workers, progress)
+    ((_, done),) = run_all([config], address, workers)
     if isinstance(done, Exception):
         raise done
     return done
 
 
 def run_all(
-    configs: Sequence[runs.RunConfig], address: str, workers: int | None = None,
-    progress: bool = True,
-) -> Iterator[tuple[int, runs.Run | Exception]]:  # fmt: skip
+    configs: Sequence[runs.RunConfig], address: str, workers: int | None = None
+) -> Iterator[tuple[int, runs.Run | Exception]]:
     """Runs, as they finish: (position, run), or why there is none.
 
     First stage 1 for all of them, features that several need once; then stage 2 side by side. What
@@ -205,7 +202,7 @@ def run_all(
             else:
                 found[i] = job
                 say_once(job["why"])
-        broken = _encode(do, found.values(), min(slots, workers or slots), progress)
+        broken = _encode(do, found.values(), min(slots, workers or slots))
         yield from ((i, broken[job["key"]]) for i, job in found.items() if job["key"] in broken)
         left = [i for i, job in found.items() if job["key"] not in broken]
         for k, said in do(adapt, [(found[i] | {"missing": ()},) for i in left]):
@@ -298,7 +295,7 @@ def part_size(images: int, workers: int) -> int:
     return max(1, min(SHARD, math.ceil(images / (PARTS * workers))))
 
 
-def _encode(do: Callable, jobs, slots: int, progress: bool) -> dict[str, Exception]:
+def _encode(do: Callable, jobs: Iterable[dict], slots: int) -> dict[str, Exception]:
     """Stage 1: the folders of features that could not be completed, and why."""
     need = {(job["key"], job["missing"]): job for job in jobs}  # each once
     total = sum(len(missing) for _, missing in need)
@@ -309,7 +306,7 @@ def _encode(do: Callable, jobs, slots: int, progress: bool) -> dict[str, Excepti
     if not parts:
         return {}
     began, encoded = time.perf_counter(), 0
-    with bar(total, 0, "encode", progress) as shown:
+    with bar(total, 0, "encode") as shown:
         for k, result in do(encode_part, parts):
             job, positions = parts[k]
             shown.update(len(positions))

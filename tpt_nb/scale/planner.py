@@ -18,12 +18,11 @@ from tpt_nb.methods import get
 from tpt_nb.models import OPENAI_MODELS
 from tpt_nb.scale.cluster import part_size
 
-# NVIDIA's data sheet of the A100 gives 19.5 TFLOP/s in float32; of such peaks ResNets and CLIP's
-# text tower see a part. Nobody measured it here: --images-per-second overrides it.
-GPU_FLOPS = 0.4 * 19.5e12
+GPU_FLOPS = 0.4 * 19.5e12  # of such peaks ResNets see a part; --images-per-second overrides it
 ASSUMED_GPU = "40 % of the 19.5 TFLOP/s (float32) in the data sheet of an A100; not measured here"
 LOADERS = 8  # processes that make views beside a GPU, as in features.encode
 START = 30.0  # seconds until a worker has imported torch and loaded model and data set
+LIGHT = 1e-3  # seconds per image, 200 classes, 64 views: more no method without a context takes
 STEP = 3  # a step on the image encoder costs as so many passes: forward, and twice that backward
 
 
@@ -110,19 +109,17 @@ def costs(
         sources[0] = f"stage 1: {images_per_second:g} images/s per worker, as given; " + sources[0]
     else:
         encode = floor + make if device == "cpu" else max(floor, make / LOADERS)
-    table = json.loads((DATA / "leaderboard.json").read_text())["rows"]
-    light = {row["row"]: row["seconds"] * classes / 200 * views / 64 for row in table
-             if get(row["method"]).tunes in ("nothing", "text")}  # fmt: skip
     each = {}
     for name in methods:
         method = get(name)
         if method.tunes in ("context", "encoder"):
             each[name] = tune * classes / base["classes"]
         else:
-            each[name] = light.get(name, max(light.values()))
-            how = "data/leaderboard.json (CPU, 200 classes), scaled" if name in light else (
-                "not measured, taken as the slowest that does not tune the context")  # fmt: skip
-            sources.append(f"{name}: {how}")
+            each[name] = LIGHT * classes / 200 * views / 64
+            sources.append(
+                "methods that tune no context: at most 1 ms per image with 200 classes and 64 views "
+                "on a CPU, as in data/leaderboard.json"
+            )
         if method.tunes == "encoder":  # the views again, a step on the confident, view 0 once more
             passes = STEP * max(1, int(views * method.options().rho)) + 1
             each[name] += make + floor * passes / views
@@ -171,11 +168,13 @@ def plan(
         row |= {"hours": first + second, "worker_hours": count * (first + second)}
         rows.append(row | {"cost": None if device == "cpu" else price * row["worker_hours"]})
     need = seeds * n * sum(v * width(model) * 4 + 46 for v in encode)  # 46: id, target, seconds
-    free = None if "://" in cache else _free(Path(cache or cache_dir()).absolute())
+    place = Path(cache or cache_dir()).absolute()
+    there = next(p for p in (place, *place.parents) if p.exists())
+    free = None if "://" in cache else shutil.disk_usage(there).free
     warnings = []
     if free is not None and need > free:
         warnings.append(
-            f"the features take {need / 1e9:,.1f} GB and {cache or cache_dir()} has "
+            f"the features take {need / 1e9:,.1f} GB and {place} has "
             f"{free / 1e9:,.1f} GB free: give another --cache (a larger disk, s3://...), fewer "
             "views, or one seed after the other"
         )
@@ -190,10 +189,6 @@ def plan(
         "seconds_per_image": {"encode": max(encode.values()), **adapt}, "rows": rows,
         "sources": list(dict.fromkeys(sources)), "warnings": warnings,
     }  # fmt: skip
-
-
-def _free(place: Path) -> int:
-    return shutil.disk_usage(next(p for p in (place, *place.parents) if p.exists())).free
 
 
 def plan_text(found: dict) -> str:
