@@ -134,44 +134,24 @@ def run(
         limits, way: see above.
     """
     limits = limits or Limits()
-    paths = python_paths()
-    paths += [p for p in _outermost(map(os.path.abspath, readable)) if p not in paths]
     read_end, write_end = os.pipe()
     with tempfile.TemporaryDirectory(prefix="tpt-sandbox-") as folder:
         place = Path(folder)
-        scratch = str(place / "scratch") if way == "rlimits" else SCRATCH
         for name in ("input", "root", "scratch"):
             (place / name).mkdir()
         for name, content in (files or {}).items():
             (place / "input" / name).write_bytes(content)
         os.chmod(place, 0o755)
-        config = {
-            "command": list(command),
-            "readable": paths,
-            "input": str(place / "input"),
-            "root": str(place / "root"),
-            "scratch": scratch,
-            "report": write_end,
-            "limits": asdict(limits),
-            "uid": random.SystemRandom().randrange(60000, 65000),
-            "env": {
-                "PATH": os.pathsep.join([os.path.dirname(sys.executable), "/usr/bin", "/bin"]),
-                "HOME": scratch if way == "rlimits" else HOME,
-                "LANG": "C.UTF-8",
-                "USER": "student",
-                REPORT: str(write_end),
-                **(env or {}),
-            },
-        }
-        argv = [sys.executable, "-I", SCRIPT]
-        if way == "bubblewrap":
-            config["input"] = "/tmp/input"
-            argv = _bubblewrap(config, place) + argv
-        argv += ["enter" if way == "namespaces" else "inside", json.dumps(config)]
+        config = _config(place, way, write_end, limits, env or {})
+        config["command"] = list(command)
+        shown = _outermost(map(os.path.abspath, readable))
+        config["readable"] += [path for path in shown if path not in config["readable"]]
+        argv = _bubblewrap(config, place) if way == "bubblewrap" else []
+        argv += [sys.executable, "-I", SCRIPT, "enter" if way == "namespaces" else "inside"]
         with open(place / "log", "wb") as log:
             began = time.monotonic()
             process = subprocess.Popen(
-                argv,
+                [*argv, json.dumps(config)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -193,6 +173,28 @@ def run(
         seconds = time.monotonic() - began
         code = None if ended else process.returncode
         return Outcome(code, ended, bytes(report.data), tail, round(seconds, 2))
+
+
+def _config(place: Path, way: str, report: int, limits: Limits, env: Mapping[str, str]) -> dict:
+    """What ``course.inside`` is told."""
+    scratch = str(place / "scratch") if way == "rlimits" else SCRATCH
+    return {
+        "readable": python_paths(),
+        "input": "/tmp/input" if way == "bubblewrap" else str(place / "input"),
+        "root": str(place / "root"),
+        "scratch": scratch,
+        "report": report,
+        "limits": asdict(limits),
+        "uid": random.SystemRandom().randrange(60000, 65000),
+        "env": {
+            "PATH": os.pathsep.join([os.path.dirname(sys.executable), "/usr/bin", "/bin"]),
+            "HOME": scratch if way == "rlimits" else HOME,
+            "LANG": "C.UTF-8",
+            "USER": "student",
+            REPORT: str(report),
+            **env,
+        },
+    }
 
 
 class _Reader(threading.Thread):
