@@ -117,8 +117,8 @@ def costs(
         else:
             each[name] = LIGHT * classes / 200 * views / 64
             sources.append(
-                "methods that tune no context: at most 1 ms per image with 200 classes and 64 views "
-                "on a CPU, as in data/leaderboard.json"
+                "methods that tune no context: at most 1 ms per image, 200 classes and 64 views, "
+                "on a CPU: as in data/leaderboard.json"
             )
         if method.tunes == "encoder":  # the views again, a step on the confident, view 0 once more
             passes = STEP * max(1, int(views * method.options().rho)) + 1
