@@ -16,8 +16,8 @@ from tpt_nb import datasets
 from tpt_nb.datasets import iconshift
 
 FIVE = ("iconshift", "iconshift-v2", "iconshift-a", "iconshift-r", "iconshift-sketch")
-# variant -> its version, and candidate -> SHA-256 of the pixels; `python ci/tests/test_iconshift.py`
-# writes it, but no other pixels under an old version
+# variant -> its version, and candidate -> SHA-256 of the pixels; running this file writes it, but
+# no other pixels under an old version
 PINNED = Path(__file__).parent / "iconshift_hashes.json"
 
 
