@@ -58,17 +58,15 @@ def encode(
     An image that cannot be decoded is recorded in ``failed``, and tried again next time.
 
     Args:
-        dataset: map-style, of (PIL image, target), with ``name``, ``fingerprint`` (of the images,
-            not of the choice among them), ``ids`` (unique) and, if there are files, ``paths``. If
-            it has ``targets`` these count; otherwise targets are cached and ``classnames`` belongs
-            to the key.
+        dataset: map-style, of (PIL image, target), with ``name``, ``fingerprint`` (of all images),
+            ``ids`` (unique) and, if there are files, ``paths``. If it has ``targets`` these count;
+            otherwise targets are cached and ``classnames`` belongs to the key.
         clip: has ``encode_views(views [V,3,S,S]) -> [V,D]``, ``image_size`` and ``fingerprint``.
         augmenter: see :mod:`tpt_nb.views`.
         seed: of the views; image i gets ``view_seed(seed, ids[i])``.
         cache: folder; None for the usual one (``core.paths.cache_dir``), False for no cache.
         workers: processes that load images and make views; None picks. No effect on the result.
-        shard: images per cache file, at most. A kill costs no more than this many (on a GPU, where
-            shards are written in a thread, twice this many).
+        shard: images per cache file; a kill costs no more than this many (on a GPU twice).
     Raises:
         ValueError: view size and model do not fit, ids not unique, no image could be decoded.
         OSError: the disk is full; the finished shards stay and the next call goes on from there.

@@ -42,10 +42,8 @@ class Prompts:
         class_specific: a context of its own for each class.
         seed: of the random start.
 
-    Attributes:
-        ctx: ``[M,d]`` (``[C,M,d]`` if class-specific) float32: the initial context; no method
-            changes it.
-        classnames, C, M: as above.
+    The attribute ``ctx``, ``[M,d]`` (``[C,M,d]`` if class-specific) float32, is the initial one;
+    no method changes it.
     """
 
     def __init__(

@@ -43,16 +43,7 @@ def train_coop(
         ValueError: shapes that do not fit together.
     """
     features = features.unsqueeze(1) if features.ndim == 2 else features
-    if features.ndim != 3 or len(features) != len(targets) or len(features) == 0:
-        raise ValueError(
-            f"features are {list(features.shape)} and targets {list(targets.shape)}; expected "
-            "[N,D] or [N,A,D] and [N] with N > 0."
-        )
-    if int(targets.min()) < 0 or int(targets.max()) >= len(classnames):
-        raise ValueError(
-            f"targets span {int(targets.min())}..{int(targets.max())}, but there are "
-            f"{len(classnames)} class names."
-        )
+    _check(features, targets, len(classnames))
     place = {"class_token_position": class_token_position, "class_specific": class_specific}
     prompts = Prompts(clip, classnames, ctx_init, n_ctx, seed=seed, **place)
     weight = text_tower(clip.model).token_embedding.weight
@@ -81,3 +72,16 @@ def train_coop(
             shown.set_postfix(loss=f"{sum(losses) / len(losses):.3f}", refresh=False)
             shown.update()
     return ctx.detach().float().cpu()
+
+
+def _check(features: Tensor, targets: Tensor, n_classes: int) -> None:
+    if features.ndim != 3 or len(features) != len(targets) or len(features) == 0:
+        raise ValueError(
+            f"features are {list(features.shape)} and targets {list(targets.shape)}; expected "
+            "[N,D] or [N,A,D] and [N] with N > 0."
+        )
+    if int(targets.min()) < 0 or int(targets.max()) >= n_classes:
+        raise ValueError(
+            f"targets span {int(targets.min())}..{int(targets.max())}, but there are "
+            f"{n_classes} class names."
+        )
