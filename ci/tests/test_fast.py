@@ -11,7 +11,8 @@ from test_adapt import assert_equal, views_of
 
 from tpt_nb import methods, models
 from tpt_nb.core import machine
-from tpt_nb.losses import LOSSES, get_loss
+from tpt_nb.losses import LOSSES
+from tpt_nb.losses import get as get_loss
 from tpt_nb.methods import tuning
 from tpt_nb.models import LONGEST, Packed, Prompts, causal_tower, prefix_states
 from tpt_nb.models import packed as packed_module

@@ -9,7 +9,8 @@ from test_runs import config, world  # noqa: F401 (fixtures)
 
 from tpt_nb import methods, models, runs
 from tpt_nb.features import encode
-from tpt_nb.losses import LOSSES, get_loss
+from tpt_nb.losses import LOSSES
+from tpt_nb.losses import get as get_loss
 from tpt_nb.runs import run
 from tpt_nb.views import make_augmenter
 

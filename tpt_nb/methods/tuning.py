@@ -12,7 +12,6 @@ approximation.
 """
 
 import dataclasses
-import inspect
 import json
 import math
 from collections.abc import Callable
@@ -22,9 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tpt_nb import losses
 from tpt_nb.core.machine import free_memory
 from tpt_nb.core.paths import DATA
-from tpt_nb.losses import LOSSES, Loss, get_loss, select_confident
+from tpt_nb.losses import Loss
 from tpt_nb.methods.method import (
     Adapted,
     Prepared,
@@ -66,7 +66,7 @@ class LossOptions(TuningOptions):
         "marginal_entropy",
         "what the context is tuned for",
         shared=True,
-        choices=lambda: list(LOSSES),
+        choices=losses.names,
         aliases={"defaultTPT": "marginal_entropy"},
     )
     rho_patch: float = fraction(
@@ -85,10 +85,9 @@ class LossOptions(TuningOptions):
 def loss_of(options: LossOptions, groups: tuple[int, int] | None = None, overlap: float = 0.0):
     """The loss as ``loss(logits, rho, selected)`` with ``.select``, for views in these groups."""
     if callable(options.loss):
-        return _with_selection(options.loss)
+        return losses.with_selection(options.loss)
     more = {"rho_patch": options.rho_patch, "alpha": options.alpha, "overlap": overlap}
-    more = more if groups else {}
-    return _with_selection(get_loss(options.loss, groups=groups, **more))
+    return losses.get(options.loss, groups=groups, **(more if groups else {}))
 
 
 def resolve(options: TuningOptions, config) -> TuningOptions:
@@ -217,21 +216,6 @@ def first_step(ctx: Tensor, gradient: Tensor, lr: float, optimizer: str) -> Tens
     defaults = torch.optim.AdamW([torch.zeros(1)]).defaults  # torch's, as the paper's code has them
     step = lr * gradient / (gradient.abs() + defaults["eps"])
     return ctx * (1 - lr * defaults["weight_decay"]) - step
-
-
-def _with_selection(loss: Loss) -> Loss:
-    """``loss(logits, rho, selected)`` with ``.select(logits, rho) -> indices``.
-
-    A loss that selects by another rule carries it as its attribute ``select``; a function of
-    ``(logits, rho)`` alone selects for itself in every step.
-    """
-    takes_selection = "selected" in inspect.signature(loss).parameters
-
-    def call(logits: Tensor, rho: float, selected: Tensor) -> Tensor:
-        return loss(logits, rho, selected=selected) if takes_selection else loss(logits, rho)
-
-    call.select = getattr(loss, "select", select_confident)
-    return call
 
 
 def worth_a_jacobian(prompts: Prompts, n: int) -> bool:
