@@ -462,8 +462,8 @@ def test_a_sweep_is_the_same_on_a_cluster(world, config, inline, capsys, tmp_pat
 
 def a_leaderboard(capsys, number: int, place: list[str]) -> dict:
     out = ["--out", f"l{number}", "--json", *place]
-    command = ["leaderboard", "--variants", "iconshift-a", "--methods", "vote", "mta", "--n", "8"]
-    assert cli.main([*command, "--n_aug", "3", *out]) == 0
+    command = ["leaderboard", "--variants", "iconshift-a", "--methods", "vote", "mta"]
+    assert cli.main([*command, "--reduced_size", "8", "--n_aug", "3", *out]) == 0
     table = json.loads(capsys.readouterr().out.splitlines()[-1])
     return {row["row"]: (row["mean"], row["ece"]) for row in table["rows"]}
 
@@ -482,7 +482,7 @@ def test_without_ray_it_says_what_to_install(command, monkeypatch, capsys, tmp_p
     monkeypatch.setitem(sys.modules, "ray", None)
     monkeypatch.chdir(tmp_path)
     Path("g.yaml").write_text("rows: [{method: tpt, dataset: iconshift-a}]")
-    board = ["--variants", "iconshift-a", "--methods", "vote", "--n", "20", "--out", "o"]
+    board = ["--variants", "iconshift-a", "--methods", "vote", "--out", "o"]
     options = {"evaluate": [], "sweep": ["g.yaml"], "leaderboard": board}[command]
     assert cli.main([command, *options, "--cluster", "local"]) == 2
     assert "pip install -r ci/requirements-cluster.txt" in capsys.readouterr().err

@@ -95,7 +95,8 @@ def encode_part(job: dict, positions: Sequence[int]) -> int:
 def adapt(job: dict) -> str:
     """Stage 2: an ordinary run on the features that are there. Returns what it printed."""
     config, said = _enter(job), io.StringIO()
-    torch.set_num_threads(job["threads"] or len(os.sched_getaffinity(0)))
+    cores = getattr(os, "process_cpu_count", os.cpu_count)()  # of Python 3.13: those it may use
+    torch.set_num_threads(job["threads"] or cores or 1)
     near = dataclasses.replace(config, out=str(_here(config.out)), cache=str(_here(config.cache)))
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         if job["key"]:
