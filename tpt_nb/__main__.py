@@ -212,10 +212,10 @@ def compare(argv: Sequence[str]) -> int:
 def generate(argv: Sequence[str]) -> int:
     """make variations of images by diffusion, for difftpt"""
     from tpt_nb import runs
-    from tpt_nb.methods.difftpt import GENERATE, make_pictures
+    from tpt_nb.methods.difftpt import GENERATE, NAME, make_pictures
 
     fields = {name: field for name, field in run_fields().items() if name in GENERATE}
-    values = parse("generate", generate.__doc__, fields, argv) | {"method": "difftpt"}
+    values = parse("generate", generate.__doc__, fields, argv) | {"method": NAME}
     config, _ = runs.resolve(runs.RunConfig.from_dict(values))
     print(make_pictures(runs.options_of(config), config))
     return 0

@@ -7,6 +7,7 @@ them. One more generator: a class with ``spec()`` and ``make(image, seeds)``, fo
 from tpt_nb.methods.difftpt.adapt import (
     GENERATE,
     METHOD,
+    NAME,
     VOTE,
     Row,
     as_row,
@@ -35,8 +36,8 @@ from tpt_nb.methods.difftpt.pictures import (
 from tpt_nb.methods.difftpt.pipeline import PAPER, PipelineGenerator, load_generator
 
 __all__ = [
-    "GENERATE", "METHOD", "PAPER", "SIDE", "VOTE", "MiniGenerator", "Network", "PipelineGenerator",
-    "Row", "as_bytes", "as_row", "build_schedule", "denoise", "file_name", "filter_views",
-    "generate", "generated_features", "load_generator", "make_pictures", "picture_seed",
-    "pictures_for", "pictures_of", "require_diffusers", "start_noise", "variations",
+    "GENERATE", "METHOD", "NAME", "PAPER", "SIDE", "VOTE", "MiniGenerator", "Network",
+    "PipelineGenerator", "Row", "as_bytes", "as_row", "build_schedule", "denoise", "file_name",
+    "filter_views", "generate", "generated_features", "load_generator", "make_pictures",
+    "picture_seed", "pictures_for", "pictures_of", "require_diffusers", "start_noise", "variations",
 ]  # fmt: skip

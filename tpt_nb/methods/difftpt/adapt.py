@@ -42,6 +42,7 @@ from tpt_nb.methods.method import (
 from tpt_nb.models import Prompts, TemplatePrompts
 from tpt_nb.views import RandomViews
 
+NAME = "difftpt"  # in the table of the methods
 GENERATE = (  # the options of a run that the command generate has
     *("dataset", "root", "reduced_size", "subset_seed"),
     *("generator", "n_generated", "generator_seed", "cache", "device"),
