@@ -382,6 +382,9 @@ def test_build_and_read(mini, folder, tmp_path):
     with pytest.raises(ValueError, match="of other images or of another model"):
         ra_tta.build(pictures, other, tmp_path / "db")
     assert not list((tmp_path / "db").glob("part-*"))
+    (tmp_path / "db" / "about.json").write_text("{")
+    with pytest.raises(ValueError, match="is damaged"):
+        ra_tta.build(pictures, mini, tmp_path / "db")
 
 
 def test_names_do_not_shift_vectors(mini, tmp_path):

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from safetensors.numpy import save
 
-from tpt_nb.core.files import write_json, write_whole
+from tpt_nb.core.files import only_writer, write_json, write_whole
 from tpt_nb.core.images import EXTENSIONS, as_rgb, read_rgb
 from tpt_nb.core.messages import bar
 from tpt_nb.core.paths import cache_dir
@@ -103,17 +103,23 @@ def build(pictures: Pictures, clip: Clip, folder: str | Path, progress: bool = T
         ValueError: the folder holds another database; no image could be read.
     """
     about = {"format": FORMAT, "model": clip.fingerprint, "pictures": pictures.fingerprint}
-    about["device"] = clip.device.type
-    folder, n = Path(folder), len(pictures.items)
-    if (folder / "about.json").is_file():
-        there = json.loads((folder / "about.json").read_text("utf-8"))
-        if any(there.get(k) != v for k, v in about.items()):
-            raise ValueError(
-                f"{folder} holds a database of other images or of another model; delete it, or "
-                "choose another folder."
-            )
-        return read_database(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    about["device"], path = clip.device.type, Path(folder) / "about.json"
+    if not path.is_file():
+        with only_writer(path.parent):
+            if not path.is_file():  # made by the process that was waited for
+                _embed(pictures, clip, path.parent, about, progress)
+    made = read_database(folder)
+    there = json.loads(path.read_text("utf-8"))
+    if any(there.get(k) != v for k, v in about.items()):
+        raise ValueError(
+            f"{folder} holds a database of other images or of another model; delete it, or "
+            "choose another folder."
+        )
+    return made
+
+
+def _embed(pictures: Pictures, clip: Clip, folder: Path, about: Mapping, progress: bool) -> None:
+    n = len(pictures.items)
     key, parts = _hash(json.dumps(about, sort_keys=True).encode())[:20], []
     with bar(n, 0, "embed the database", progress) as shown:
         for start in range(0, n, PART):
@@ -128,13 +134,12 @@ def build(pictures: Pictures, clip: Clip, folder: str | Path, progress: bool = T
     if not len(rows):
         raise ValueError(f"none of the {n} images could be read: {failed[0]}")
     if len(failed):
-        warnings.warn(f"{len(failed)} images left out, first {failed[0]}", stacklevel=2)
+        warnings.warn(f"{len(failed)} images left out, first {failed[0]}", stacklevel=3)
     spans = {k: np.searchsorted(rows, span).tolist() for k, span in pictures.groups.items()}
-    about |= {"groups": spans, "failed": failed.tolist()}
+    about = {**about, "groups": spans, "failed": failed.tolist()}
     write_database(folder, features, [pictures.items[i] for i in rows], about)
     for path in folder.glob("part-*.npz"):
         path.unlink()
-    return read_database(folder)
 
 
 def _write_part(path: Path, pictures: Pictures, rows: range, clip: Clip) -> None:
