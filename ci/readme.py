@@ -26,35 +26,40 @@ PLAIN = {"single": "one prompt", "ensemble": "7 templates", "coop": "CoOp"}
 ADAPTED = {"confident_view": "confident views", "tpt": "TPT", "tpt_coop": "TPT + CoOp"}
 
 
+def markdown(head: str, lines: list[list[str]], first: str = "---") -> str:
+    """A table of numbers, but for the first column; ``head`` is its columns with | between."""
+    names = head.split(" | ")
+    rows = [names, [first, *["---:"] * (len(names) - 1)], *lines]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def percent(fraction: float) -> str:
+    return f"{100 * fraction:.1f}"
+
+
+def gained(gain) -> str:
+    """(gain, low, high) as points: "+1.2 [+0.3, +2.1]"."""
+    return "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * float(x) for x in gain))
+
+
 def table(evaluation: dict) -> str:
-    """The evaluation as a Markdown table: accuracies with intervals, gains of the adapted ones.
+    """The evaluation: accuracies with intervals, gains of the adapted ones.
 
     Raises ``KeyError`` naming what the file lacks.
     """
     names = PLAIN | ADAPTED
-    lines = [
-        "| IconShift variant | n | " + " | ".join(names.values()) + " |",
-        "| --- | ---: |" + " ---: |" * len(names),
-    ]
+    lines = []
     for variant, title in VARIANTS.items():
         row = evaluation[variant]
-        cells = [cell(row[name]) for name in names]
-        lines.append(f"| {title} | {row['single']['n']} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        lines.append([title, str(row["single"]["n"]), *(cell(row[name]) for name in names)])
+    return markdown(" | ".join(["IconShift variant", "n", *names.values()]), lines)
 
 
 def cell(entry: dict) -> str:
     """One measurement: "41.2 ± 1.9", and for an adapted one the gain with its interval."""
     low, high = entry["ci95"]
     text = f"{percent(entry['accuracy'])} ± {percent((high - low) / 2)}"
-    if "gain" in entry:
-        low, high = entry["gain_ci95"]
-        text += f"<br>{entry['gain'] * 100:+.1f} [{low * 100:+.1f}, {high * 100:+.1f}]"
-    return text
-
-
-def percent(fraction: float) -> str:
-    return f"{100 * fraction:.1f}"
+    return text + (f"<br>{gained((entry['gain'], *entry['gain_ci95']))}" if "gain" in entry else "")
 
 
 def training(rows: list[dict]) -> str:
@@ -71,18 +76,15 @@ def training(rows: list[dict]) -> str:
 
 def text_training(rows: list[dict]) -> str:
     """What the log of the text tower's training says: every measurement."""
-    lines = [
-        "| step | shift | V2 | TPT on V2 | dev | TPT on dev |",
-        "| ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
+    lines = []
     for row in rows:
-        cells = [f"{row['step']:,}", f"{row['shift']:.3f}"]
+        line = [f"{row['step']:,}", f"{row['shift']:.3f}"]
         for variant in ("iconshift-v2", "iconshift-dev"):
-            gain = row[f"{variant}/0.02"]
-            cells += [percent(row[variant]), f"{100 * gain:+.1f}"]
-        lines.append("| " + " | ".join(cells) + " |")
+            line += [percent(row[variant]), f"{100 * row[f'{variant}/0.02']:+.1f}"]
+        lines.append(line)
     text = f"{rows[-1]['step']:,} steps, {rows[-1]['seconds'] / 60:.0f} minutes on two CPU cores."
-    return "\n".join([text, "", *lines])
+    head = "step | shift | V2 | TPT on V2 | dev | TPT on dev"
+    return f"{text}\n\n{markdown(head, lines, '---:')}"
 
 
 def coop(report: dict) -> str:
@@ -100,17 +102,14 @@ def coop(report: dict) -> str:
 
 def rates(config: dict) -> str:
     """The curve over learning rates, from ``config.json``."""
-    lines = [
-        "| rate | shift | V2, one prompt | V2, CoOp | dev, one prompt | dev, CoOp | mean |",
-        "| ---: " * 7 + "|",
-    ]
-    columns = [f"{v}/{p}" for v in ("iconshift-v2", "iconshift-dev") for p in ("single", "coop")]
+    keys = [f"{v}/{p}" for v in ("iconshift-v2", "iconshift-dev") for p in ("single", "coop")]
+    lines = []
     for row in config["curve"]:
         mark = "**" if row["lr"] == config["tpt_lr"] else ""
-        gains = [f"{100 * row[key]:+.1f}" for key in (*columns, "mean_gain")]
-        cells = [f"{mark}{row['lr']:g}{mark}", f"{row['text_shift']:.3f}", *gains]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n\nGains in points of accuracy."
+        gains = [f"{100 * row[key]:+.1f}" for key in (*keys, "mean_gain")]
+        lines.append([f"{mark}{row['lr']:g}{mark}", f"{row['text_shift']:.3f}", *gains])
+    head = "rate | shift | V2, one prompt | V2, CoOp | dev, one prompt | dev, CoOp | mean"
+    return markdown(head, lines, "---:") + "\n\nGains in points of accuracy."
 
 
 def adversarial(kept: dict) -> str:
@@ -124,84 +123,62 @@ def adversarial(kept: dict) -> str:
 
 def leaderboard(table: dict) -> str:
     """The methods under one prompt, best first, and what our own had to show."""
-    short = {v: title.split(":")[0] for v, title in VARIANTS.items()}
     rows = [row for row in table["rows"] if row["prompt"] == "single"]
     rows.sort(key=lambda row: (row["online"], -row["mean_shifted"]))
-    lines = [
-        "| method | " + " | ".join(short[v] for v in table["variants"]) + " | A, R, Sketch "
-        "| over zero-shot | ECE | ms |",
-        "| --- |" + " ---: |" * (len(table["variants"]) + 4),
-    ]
+    lines = []
     for row in rows:
-        cells = [percent(row["variants"][v]["accuracy"]) for v in table["variants"]]
-        cells += [percent(row["mean_shifted"])]
-        gain = row["gain_over_zero_shot"]
-        cells.append("" if row["row"] == "zero_shot" else interval(gain))
-        cells += [f"{100 * row['ece']:.0f}", f"{1000 * row['seconds']:.1f}"]
-        name = f"`{row['row']}`" + (" (online)" if row["online"] else "")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        accuracies = [row["variants"][v]["accuracy"] for v in table["variants"]]
+        line = [f"`{row['row']}`" + (" (online)" if row["online"] else "")]
+        line += [percent(x) for x in (*accuracies, row["mean_shifted"])]
+        line.append("" if row["row"] == "zero_shot" else gained(row["gain_over_zero_shot"]))
+        lines.append([*line, f"{100 * row['ece']:.0f}", f"{1000 * row['seconds']:.1f}"])
+    short = [VARIANTS[v].split(":")[0] for v in table["variants"]]
+    head = ["method", *short, "A, R, Sketch", "over zero-shot", "ECE", "ms"]
     episodic = {row["row"]: row for row in rows if not row["online"]}
     best = max((r for r in episodic.values() if r["published"]), key=lambda r: r["mean_shifted"])
-    gain = table["wins"]["contrast_vote"][best["row"]]
     price = episodic["contrast_vote"]["seconds"] / episodic["vote"]["seconds"]
     n = " or ".join(f"{x:,}" for x in sorted({r["n"] for r in rows[0]["variants"].values()}))
-    return "\n".join(lines) + (
+    return markdown(" | ".join(head), lines) + (
         f"\n\n{n} images per variant, {table['seeds']} seed(s) "
         "of the views; intervals of 95 %, paired, over the images of A, R and Sketch; ms per image "
-        f"from encoded features. `contrast_vote`, developed here, against the best published "
-        f"episodic method on A, R and Sketch (`{best['row']}`): {interval(gain)} points, at "
+        "from encoded features. `contrast_vote`, developed here, against the best published "
+        f"episodic method on A, R and Sketch (`{best['row']}`): "
+        f"{gained(table['wins']['contrast_vote'][best['row']])} points, at "
         f"{price:.2f} times the time of the vote."
         + (f" Not in this table yet: {', '.join(table['absent'])}." if table["absent"] else "")
     )
 
 
-def interval(gain: list[float]) -> str:
-    """(gain, low, high) as points: "+1.2 [+0.3, +2.1]"."""
-    value, low, high = (100 * x for x in gain)
-    return f"{value:+.1f} [{low:+.1f}, {high:+.1f}]"
-
-
 def cost(r: dict) -> str:
     """What TPT costs, from the JSON of ``ci/bench/tpt.py``."""
-    gigabytes = {k: v / 2**30 for k, v in (r["memory_bytes"] or {}).items() if v}
-    lines = [
-        f"{r['model']} at full size (random weights: the cost does not depend on them), "
-        f"{r['classes']:,} classes, {r['views']} views, float32, "
-        + " ".join(filter(None, [r.get("processor"), r["device"]]))
-        + f", torch {r['torch'].split('+')[0]}; "
-        + ("one run" if r["repeats"] == 1 else f"medians of {r['repeats']} runs")
-        + (f", **{r['note']}**" if r.get("note") else "")
-        + ":",
-        "",
-        "| seconds per image | image encoder | views | adaptation | all | of the encoder |",
-        "| --- | ---: | ---: | ---: | ---: | ---: |",
-    ]
+    runs = "one run" if r["repeats"] == 1 else f"medians of {r['repeats']} runs"
+    place = " ".join(filter(None, [r.get("processor"), r["device"]]))
+    text = f"{r['model']} at full size (random weights: the cost does not depend on them), "
+    text += f"{r['classes']:,} classes, {r['views']} views, float32, {place}, torch "
+    text += f"{r['torch'].split('+')[0]}; {runs}"
+    text += f", **{r['note']}**:\n\n" if r.get("note") else ":\n\n"
+    lines = []
     for name, key in (("as the paper's code does it", "paper_s"), ("here", "fast_s")):
-        whole = r["floor_s"] + r["views_s"] + r[key]
-        cells = [f"{x:.3g}" for x in (r["floor_s"], r["views_s"], r[key], whole)]
-        lines.append(f"| {name} | " + " | ".join([*cells, f"{whole / r['floor_s']:.2f}"]) + " |")
-    text = (
-        f"Adaptation alone takes {r['ratio_adapt']:.0f} times less, all of it "
-        f"{r['ratio_end_to_end']:.1f} times less"
-    )
+        parts = [r["floor_s"], r["views_s"], r[key]]
+        cells = [f"{x:.3g}" for x in (*parts, sum(parts))]
+        lines.append([name, *cells, f"{sum(parts) / r['floor_s']:.2f}"])
+    head = "seconds per image | image encoder | views | adaptation | all | of the encoder"
+    text += markdown(head, lines) + f"\n\nAdaptation alone takes {r['ratio_adapt']:.0f} times less"
+    text += f", all of it {r['ratio_end_to_end']:.1f} times less"
     if r["memory_ratio"]:
-        text += (
-            f", with {r['memory_ratio']:.2f} of the memory ({gigabytes['fast']:.1f} of "
-            f"{gigabytes['paper']:.1f} GB)"
-        )
+        fast, paper = (r["memory_bytes"][name] / 2**30 for name in ("fast", "paper"))
+        text += f", with {r['memory_ratio']:.2f} of the memory ({fast:.1f} of {paper:.1f} GB)"
     a = r["agreement"]
-    same = a["same_prediction"] and a["same_selection"]
-    text += (
-        f". Predictions and selected views {'are the same' if same else 'DIFFER'}, logits are "
-        f"within {a['largest_logit_difference']:.0e}."
-    )
+    same = "are the same" if a["same_prediction"] and a["same_selection"] else "DIFFER"
+    text += f". Predictions and selected views {same}, logits are within "
+    text += f"{a['largest_logit_difference']:.0e}."
     if "once_s" in r:
         text += f" What belongs to the initial context is made once: {r['once_s']:.1f} s."
-    grown = r.get("growth", {}).get("classes", {})
-    if grown:
-        parts = [f"{row['over_floor']:.2f} with {int(n):,}" for n, row in grown.items()]
+    grown = r.get("growth", {}).get("classes", {}).items()
+    parts = [f"{row['over_floor']:.2f} with {int(n):,}" for n, row in grown]
+    if parts:
         text += f" All of it is this many times the encoder: {', '.join(parts)} classes."
-    return "\n".join([*lines, "", text])
+    return text
 
 
 SHOWN = (  # rows of the study, by label: a start, the original, and one of each kind
@@ -215,25 +192,20 @@ def study(rows: list[dict]) -> str:
     from scipy.stats import spearmanr
 
     measured, reported = ([float(row[k]) for row in rows] for k in ("accuracy", "reported"))
-    rank = spearmanr(measured, reported).statistic
-    lines = [
-        "| row | IconShift-A, MiniCLIP | over TPT | REPORTED: ImageNet-A, RN50 |",
-        "| --- | ---: | ---: | ---: |",
-    ]
-    by_label = {row["label"]: row for row in rows}
+    by_label, lines = {row["label"]: row for row in rows}, []
     for label in SHOWN:
         row = by_label[label]
-        gain, low, high = (
-            100 * float(row[k]) for k in ("gain_vs_baseline", "gain_ci_low", "gain_ci_high")
+        gain = [row[k] for k in ("gain_vs_baseline", "gain_ci_low", "gain_ci_high")]
+        over = "" if label == "TPT" else gained(gain)
+        lines.append(
+            [label, percent(float(row["accuracy"])), over, f"{float(row['reported']):.1f}"]
         )
-        over = "" if label == "TPT" else f"{gain:+.1f} [{low:+.1f}, {high:+.1f}]"
-        there = f"{float(row['reported']):.1f}"
-        lines.append(f"| {label} | {percent(float(row['accuracy']))} | {over} | {there} |")
-    text = (
-        f"{rows[0]['n']} images per row, one seed; gains in points, paired, with 95 % intervals. "
-        f"Over all {len(rows)} rows the rank correlation of the two columns is {rank:.2f}."
+    head = "row | IconShift-A, MiniCLIP | over TPT | REPORTED: ImageNet-A, RN50"
+    return markdown(head, lines) + (
+        f"\n\n{rows[0]['n']} images per row, one seed; gains in points, paired, with 95 % "
+        f"intervals. Over all {len(rows)} rows the rank correlation of the two columns is "
+        f"{spearmanr(measured, reported).statistic:.2f}."
     )
-    return "\n".join([*lines, "", text])
 
 
 EVALUATION = MINICLIP / "evaluation.json"
@@ -264,11 +236,11 @@ def read(path: Path):
     return json.loads(text)
 
 
-def rendered(text: str, name: str, body: str) -> str:
+def rendered(text: str, name: str, body: str, page: str = "the page") -> str:
     """The page with ``body`` in the section; ``ValueError`` unless it has the section once."""
     begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
     if text.count(begin) != 1 or text.count(end) != 1:
-        raise ValueError(f"the page must hold {begin} and {end} once each")
+        raise ValueError(f"{page} must hold {begin} and {end} once each")
     before, rest = text.split(begin)
     return f"{before}{begin}\n{body}\n{end}{rest.split(end)[1]}"
 
@@ -277,13 +249,10 @@ def pages() -> dict[Path, str]:
     """Each page as it should be."""
     out = {}
     for page, name, source, say in SECTIONS:
-        text = out.get(page) or page.read_text(encoding="utf-8")
         numbers = read(source)
         body = MISSING.format(source.name) if numbers is None else say(numbers)
-        try:
-            out[page] = rendered(text, name, body)
-        except ValueError as error:
-            raise ValueError(f"{page}: {error}") from None
+        text = out.get(page) or page.read_text(encoding="utf-8")
+        out[page] = rendered(text, name, body, str(page))
     return out
 
 
@@ -293,16 +262,15 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="only compare; exit 1 if one differs")
     check, bad = parser.parse_args().check, 0
     for page, new in pages().items():
-        name = page.relative_to(REPO)
-        if new == page.read_text(encoding="utf-8"):
-            print(f"{name}: the numbers are those of the measurements")
-        elif check:
-            print(f"{name}: the numbers are not those of the measurements; run python ci/readme.py")
-            bad = 1
-        else:
+        differs = new != page.read_text(encoding="utf-8")
+        if differs and not check:
             page.write_text(new, encoding="utf-8")
-            print(f"{name}: numbers written")
-    return bad
+        says = "the numbers are those of the measurements"
+        if differs:
+            says = "run python ci/readme.py, its numbers are of before" if check else "written"
+        print(f"{page.relative_to(REPO)}: {says}")
+        bad |= differs and check
+    return int(bad)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import torch
 from tpt_nb import datasets, features, metrics
 from tpt_nb import methods as registry
 from tpt_nb.core.command_line import setting
-from tpt_nb.core.files import write_json
+from tpt_nb.core.files import write_json, write_whole
 from tpt_nb.core.machine import device_name, versions
 from tpt_nb.core.paths import DATA, REPO
 from tpt_nb.methods import Setting
@@ -87,6 +87,7 @@ def leaderboard(
     about = {"model": config.model, "fingerprint": session.model(config).fingerprint}
     about |= {"n_aug": max(run.config.n_aug for run in runs), "orders": options.orders}
     about |= {"device": device_name(config.device), "machine": platform.machine()}
+    asked["overrides"]["device"] = config.device.split(":")[0]
     about |= {"versions": versions(), "asked": asked, "data": data}
     table = {"about": about, **summarise(cells, images, runs, grid)}
     for row in table["rows"]:
@@ -94,7 +95,7 @@ def leaderboard(
         row["bytes"] = peak_memory(runs[first], session)
     print(text_table(table))
     if options.write:
-        write_json(STORED, table)
+        write_whole(STORED, json.dumps(table) + "\n")
         print(f"-> {STORED}")
     if options.json:
         print(json.dumps(table))
