@@ -35,8 +35,7 @@ def train_coop(
         features: ``[N,D]`` unit norm, or ``[N,A,D]`` with A augmented views of each image, of
             which every epoch draws one.
         targets: ``[N]`` class indices.
-        n_ctx, ctx_init, class_token_position, class_specific, seed: see :class:`Prompts`; with
-            ``n_ctx`` given and ``ctx_init=None`` the start is random.
+        n_ctx, ctx_init and all from seed on: see :class:`Prompts`.
     Returns:
         the context, ``[M,d]`` or ``[C,M,d]``, float32 on the CPU.
     Raises:
