@@ -17,7 +17,7 @@ from test_runs import config, world  # noqa: F401 (fixtures)
 from torch import Tensor
 
 from tpt_nb import __main__ as cli
-from tpt_nb import losses, methods, runs, scale, views
+from tpt_nb import datasets, losses, methods, runs, scale, views
 from tpt_nb.datasets.registry import DATASETS
 from tpt_nb.figures.style import COLOURS, WIDTH
 from tpt_nb.methods import Adapted, Method, as_mask, initial_logits, option
