@@ -9,13 +9,11 @@ looks at A, R or Sketch. An attempt is a function of the logits of an image's vi
 their features [B,V,D], to scores [B,C]; all see the same views.
 """
 
-import argparse
 import itertools
-import json
 import sys
-import time
 from pathlib import Path
 
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,17 +21,10 @@ from torch import Tensor
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 
-from tpt_nb import (
-    datasets,
-    metrics,  # noqa: E402
-    models,  # noqa: E402
-)
+from tpt_nb import datasets, features, metrics, models, views  # noqa: E402
+from tpt_nb.core.files import write_json  # noqa: E402
 from tpt_nb.core.paths import DATA  # noqa: E402
-from tpt_nb.datasets import corrupted  # noqa: E402
-from tpt_nb.features import encode  # noqa: E402
 from tpt_nb.losses import entropy  # noqa: E402
-from tpt_nb.models import Prompts  # noqa: E402
-from tpt_nb.views import RandomViews  # noqa: E402
 
 STORED = DATA / "attempts.json"
 # (data set, damage, severity, images)
@@ -57,10 +48,17 @@ def confident(z: Tensor, k: int, key: Tensor | None = None) -> Tensor:
     return z.gather(1, order[..., None].expand(-1, -1, z.shape[-1]))
 
 
-def contrast_vote(z: Tensor, contrast: float, temperature: float, image: float) -> Tensor:
-    """The method's scores; see ``tpt_nb.methods``."""
-    score = ((z - contrast * z.mean(1, keepdim=True)) / temperature).softmax(-1).square().sum(1)
-    return score + image * (z[:, 0] / temperature).softmax(-1).square()
+def mean_of(z: Tensor, k: int, key: Tensor | None = None) -> Tensor:
+    """The mean prediction of these views."""
+    return confident(z, k, key).softmax(-1).mean(1)
+
+
+def contrast_vote(
+    z: Tensor, contrast: float, temperature: float, image: float, power: int = 2
+) -> Tensor:
+    """The method's scores, with another power of the probabilities; see ``tpt_nb.methods``."""
+    each = ((z - contrast * z.mean(1, keepdim=True)) / temperature).softmax(-1).pow(power).sum(1)
+    return each + image * (z[:, 0] / temperature).softmax(-1).pow(power)
 
 
 def margin(z: Tensor) -> Tensor:
@@ -68,7 +66,7 @@ def margin(z: Tensor) -> Tensor:
     return best[..., 1] - best[..., 0]
 
 
-def agreement(z: Tensor, f: Tensor, power: float, temperature: float = 0.5) -> Tensor:
+def agreement(z: Tensor, power: float, temperature: float = 0.5) -> Tensor:
     """Certain views that others agree with: exp(-H/T) times (mean p_i . p_j)^power."""
     p = z.softmax(-1)
     alike = p @ p.transpose(1, 2)
@@ -87,55 +85,48 @@ def vote(z: Tensor, k: int) -> Tensor:
     return F.one_hot(kept.argmax(-1), z.shape[-1]).sum(1) + 1e-3 * kept.softmax(-1).mean(1)
 
 
+def sharpest(z: Tensor) -> Tensor:
+    """All views, each with weight exp(-H/0.2)."""
+    return ((-entropy(z) / 0.2).softmax(1)[..., None] * z.softmax(-1)).sum(1)
+
+
 ATTEMPTS = {
     "zero-shot": lambda z, f: z[:, 0],
-    "confident views, 6": lambda z, f: confident(z, 6).softmax(-1).mean(1),
-    "confident views, 19": lambda z, f: confident(z, 19).softmax(-1).mean(1),
+    "confident views, 6": lambda z, f: mean_of(z, 6),
+    "confident views, 19": lambda z, f: mean_of(z, 19),
     "all views": lambda z, f: z.softmax(-1).mean(1),
     "vote, 6": lambda z, f: vote(z, 6),
     "vote, 19": lambda z, f: vote(z, 19),
     "mean of logits, 6": lambda z, f: confident(z, 6).mean(1),
     "largest logit of any view": lambda z, f: z.amax(1),
-    "chosen by margin, 6": lambda z, f: confident(z, 6, margin(z)).softmax(-1).mean(1),
-    "weights exp(-H/0.2)": lambda z, f: (
-        (-entropy(z) / 0.2).softmax(1)[..., None] * z.softmax(-1)
-    ).sum(1),
-    "agreement of predictions, ^1": lambda z, f: agreement(z, f, 1.0),
-    "agreement of predictions, ^2": lambda z, f: agreement(z, f, 2.0),
+    "chosen by margin, 6": lambda z, f: mean_of(z, 6, margin(z)),
+    "weights exp(-H/0.2)": lambda z, f: sharpest(z),
+    "agreement of predictions, ^1": lambda z, f: agreement(z, 1.0),
+    "agreement of predictions, ^2": lambda z, f: agreement(z, 2.0),
     "crowded features": crowd,
-    "times view 0": lambda z, f: (
-        confident(z, 6).softmax(-1).mean(1).clamp_min(1e-9).log() + z[:, 0].log_softmax(-1)
-    ),
-    "squares of probabilities": lambda z, f: z.softmax(-1).square().sum(1),
-    "cubes of softened probabilities": lambda z, f: (z / 2).softmax(-1).pow(3).sum(1),
+    "times view 0": lambda z, f: mean_of(z, 6).clamp_min(1e-9).log() + z[:, 0].log_softmax(-1),
+    "squares of probabilities": lambda z, f: contrast_vote(z, 0.0, 1.0, 0.0),
+    "cubes of softened probabilities": lambda z, f: contrast_vote(z, 0.0, 2.0, 0.0, power=3),
     "vote, 6, with contrast": lambda z, f: vote(z - 0.4 * z.mean(1, keepdim=True), 6),
     "squares, softened": lambda z, f: contrast_vote(z, 0.0, 2.0, 0.0),
     "  + image": lambda z, f: contrast_vote(z, 0.0, 2.0, 2.0),
     "  + contrast": lambda z, f: contrast_vote(z, 0.4, 2.0, 0.0),
     "  + both (contrast_vote)": lambda z, f: contrast_vote(z, 0.4, 2.0, 2.0),
-    "  + both, cubes": lambda z, f: (
-        ((z - 0.4 * z.mean(1, keepdim=True)) / 2).softmax(-1).pow(3).sum(1)
-        + 2 * (z[:, 0] / 2).softmax(-1).pow(3)
-    ),
+    "  + both, cubes": lambda z, f: contrast_vote(z, 0.4, 2.0, 2.0, power=3),
     "best view by the label (no method)": None,
 }
 
 
-def load(model: str, say) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+@torch.no_grad()
+def load(clip) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
     """Name -> logits, features, targets of each data set of the suite."""
-    clip = models.load(model)
-    views = RandomViews(n_aug=63, size=clip.image_size)
     out = {}
     for name, kind, severity, n in SUITE:
         data = datasets.load(name, n=n)
-        data = corrupted(data, kind, severity) if kind else data
-        began = time.perf_counter()
-        f = encode(data, clip, views, seed=0, progress=False)
-        say(f"{data.name}: {len(f)} images, {time.perf_counter() - began:.1f} s")
-        x = f.features.to(clip.device)
-        with torch.no_grad():
-            text = Prompts(clip, data.classnames).text_features()
-            z = clip.logit_scale * x @ text.T
+        data = datasets.corrupted(data, kind, severity) if kind else data
+        f = features.encode(data, clip, views.RandomViews(n_aug=63, size=clip.image_size))
+        text = models.Prompts(clip, data.classnames).text_features()
+        z = clip.logit_scale * f.features.to(clip.device) @ text.T
         out[data.name.removeprefix("iconshift-")] = (z.cpu(), f.features, f.targets)
     return out
 
@@ -148,42 +139,34 @@ def hits(attempt, z: Tensor, f: Tensor, y: Tensor) -> Tensor:
     return torch.cat([attempt(a, b).argmax(-1) for a, b in parts]) == y
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run a command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default="mini")
-    parser.add_argument("--write", action="store_true", help=f"store data/{STORED.name}")
-    args = parser.parse_args(argv)
-    sets = load(args.model, lambda text: print(text, file=sys.stderr, flush=True))
+def main(write: bool) -> None:
+    """The table; ``write`` stores it."""
+    clip = models.load("mini")
+    sets = load(clip)
     base = {s: hits(ATTEMPTS["vote, 6"], *v).float().numpy() for s, v in sets.items()}
 
     def line(attempt) -> dict:
         right = {s: hits(attempt, *v).float().numpy() for s, v in sets.items()}
         gain = metrics.mean_gain(list(base.values()), list(right.values()), resamples=4000)
         accuracy = {s: float(x.mean()) for s, x in right.items()}
-        return {"accuracy": accuracy, "mean": sum(accuracy.values()) / len(accuracy),
-                "gain_over_vote": gain}  # fmt: skip
+        mean = sum(accuracy.values()) / len(accuracy)
+        return {"accuracy": accuracy, "mean": mean, "gain_over_vote": gain}
 
     rows = [{"attempt": name} | line(attempt) for name, attempt in ATTEMPTS.items()]
     grid = []
     for values in itertools.product(*GRID.values()):
         params = dict(zip(GRID, values, strict=True))
         grid.append(params | line(lambda z, f, p=params: contrast_vote(z, **p)))
-    best = max(grid, key=lambda row: row["mean"])
-    print(f"{'':36s}" + " ".join(f"{s:>12s}" for s in sets) + "    mean")
-    for row in [*rows, {"attempt": str({k: best[k] for k in GRID})} | best]:
-        cells = " ".join(f"{100 * a:12.1f}" for a in row["accuracy"].values())
-        print(f"{row['attempt'][:36]:36s}{cells}  {100 * row['mean']:6.2f}")
-    for row in sorted(grid, key=lambda row: -row["mean"])[:12]:
-        print({k: row[k] for k in GRID}, f"{100 * row['mean']:.2f}",
-              [f"{100 * a:.1f}" for a in row["accuracy"].values()])  # fmt: skip
-    if args.write:
-        about = {"model": args.model, "fingerprint": models.load(args.model).fingerprint,
-                 "n": {s: len(v[2]) for s, v in sets.items()}}  # fmt: skip
-        found = {"about": about, "rows": rows, "grid": grid, "best": {k: best[k] for k in GRID}}
-        STORED.write_text(json.dumps(found, indent=1) + "\n")
-    return 0
+    ranked = sorted(grid, key=lambda row: -row["mean"])
+    best = {name: ranked[0][name] for name in GRID}
+    for some in (rows, ranked[:12]):
+        frame = pd.DataFrame([{**row, **row["accuracy"]} for row in some])
+        print(frame.drop(columns=["accuracy", "gain_over_vote"]).round(3).to_string(index=False))
+    if write:
+        about = {"model": "mini", "fingerprint": clip.fingerprint}
+        about["n"] = {s: len(v[2]) for s, v in sets.items()}
+        write_json(STORED, {"about": about, "rows": rows, "grid": grid, "best": best})
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main("--write" in sys.argv)
