@@ -151,7 +151,7 @@ def test_nothing_is_guessed():
 
 
 def load(*modules: str) -> str:
-    """Import these alone, in a fresh interpreter; prints the heavy libraries that came with them."""
+    """Import these alone, in a fresh interpreter: the heavy libraries that came with them."""
     heavy = (
         "diffusers",
         "transformers",

@@ -7,11 +7,11 @@ One more data set: a line in the table of ``registry.py``, or ``register`` in a 
 from tpt_nb.datasets import iconshift
 from tpt_nb.datasets.benchmarks import BENCHMARKS
 from tpt_nb.datasets.damage import CORRUPTIONS, SEVERITIES, corrupt, corrupted
-from tpt_nb.datasets.dataset import Dataset, balanced_subset, subset
+from tpt_nb.datasets.dataset import Dataset, balanced_subset, from_files, subset
 from tpt_nb.datasets.folder import load_folder
 from tpt_nb.datasets.imagenet import check_order, imagenet_classes
 from tpt_nb.datasets.registry import ICONSHIFT, get, load, names, register, template
-from tpt_nb.datasets.sources import download, how_to_get
+from tpt_nb.datasets.sources import SOURCES, download, how_to_get
 from tpt_nb.datasets.tree import image_files
 
 __all__ = [
@@ -19,12 +19,14 @@ __all__ = [
     "CORRUPTIONS",
     "ICONSHIFT",
     "SEVERITIES",
+    "SOURCES",
     "Dataset",
     "balanced_subset",
     "check_order",
     "corrupt",
     "corrupted",
     "download",
+    "from_files",
     "get",
     "how_to_get",
     "iconshift",
