@@ -51,8 +51,9 @@ def pictures(root: Path, n: int) -> None:
 
 
 def resident(pid: int) -> float:
-    """Megabytes of a process that are in memory."""
-    return int(re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())[1]) / 1024
+    """Megabytes of a process that are in memory; 0 if it has just ended."""
+    found = re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
+    return int(found[1]) / 1024 if found else 0.0
 
 
 def kill_a_worker(folder: Path) -> bool:
