@@ -280,6 +280,3 @@ def check_features(features: Tensor, prompts: Prompts | TemplatePrompts) -> None
             f"features have shape {list(features.shape)}; expected [B,V,{d}] with B, V > 0: the "
             f"views of each image, encoded with the same model ({prompts.clip.name})."
         )
-
-
-_check_features, _initial_logits = check_features, initial_logits  # TODO

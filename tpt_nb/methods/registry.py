@@ -23,15 +23,11 @@ METHODS: dict[str, Method] = {
     "tda": online.TDA,
     "boostadapter": online.BOOSTADAPTER,
     "tune_encoder": tune_encoder.METHOD,
+    "caption_prompts": caption_prompts.METHOD,
+    "ra_tta": ra_tta.METHOD,
+    "difftpt": difftpt.METHOD,
+    "difftpt_vote": difftpt.VOTE,
 }
-for _name, _module, _what in (  # TODO until they describe themselves
-    ("caption_prompts", caption_prompts, "METHOD"),
-    ("ra_tta", ra_tta, "METHOD"),
-    ("difftpt", difftpt, "METHOD"),
-    ("difftpt_vote", difftpt, "VOTE"),
-):
-    if hasattr(_module, _what):
-        METHODS[_name] = getattr(_module, _what)
 
 
 def names() -> list[str]:
