@@ -12,7 +12,7 @@ makes them longer. Memory is the peak of what a batch of 8 allocates, divided by
 import dataclasses
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -171,19 +171,13 @@ def _do(cells: Sequence[Cell], jobs: int, spread: Spread | None) -> tuple[pd.Dat
 
 
 def _images(cell: Cell, done: Run) -> pd.DataFrame:
-    r = done.frame
-    return pd.DataFrame(
-        {
-            "label": cell.label,
-            "variant": cell.variant,
-            "seed": cell.seed,
-            "order": done.config.options.get("order", 0),
-            "id": r["id"],
-            "right": metrics.correct(r).astype(float),
-            "before": metrics.correct(r, "before").astype(float),
-            "confidence": r["conf_after"],
-            "log_prob": np.log(r["prob_target_after"].clip(lower=1e-45)),
-        }
+    r = done.frame[["id"]].assign(label=cell.label, variant=cell.variant, seed=cell.seed)
+    return r.assign(
+        order=done.config.options.get("order", 0),
+        right=metrics.correct(done.frame).astype(float),
+        before=metrics.correct(done.frame, "before").astype(float),
+        confidence=done.frame["conf_after"],
+        log_prob=np.log(done.frame["prob_target_after"].clip(lower=1e-45)),
     )
 
 
@@ -201,21 +195,25 @@ def peak_memory(done: Run, session: Session, images: int = 8) -> float:
     ready = registry.get(config.method).ready(options_of(config), setting)
     batch = views.features.to(clip.device)
     ready.adapt(batch, prompts, views.ids)  # what is made once is not counted
-    if clip.device.type == "cuda":
+    per_image = _peak(lambda: ready.adapt(batch, prompts, views.ids), clip.device) / len(batch)
+    write_json(kept, {"bytes": per_image})
+    return per_image
+
+
+def _peak(step: Callable[[], object], device: torch.device) -> float:
+    """Bytes that a call has allocated at once, at most."""
+    if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        ready.adapt(batch, prompts, views.ids)
-        peak = torch.cuda.max_memory_allocated() - before
-    else:
-        from torch.profiler import ProfilerActivity, profile
+        step()
+        return torch.cuda.max_memory_allocated() - before
+    from torch.profiler import ProfilerActivity, profile
 
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-            ready.adapt(batch, prompts, views.ids)
-        events = profiler.profiler.kineto_results.events()
-        changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
-        peak = np.cumsum([nbytes for _, nbytes in sorted(changes)]).max(initial=0)
-    write_json(kept, {"bytes": float(peak) / len(batch)})
-    return float(peak) / len(batch)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    events = profiler.profiler.kineto_results.events()
+    changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
+    return float(np.cumsum([nbytes for _, nbytes in sorted(changes)]).max(initial=0))
 
 
 # --- the table -----------------------------------------------------------------------------------
@@ -260,9 +258,8 @@ def _row(label: str, mine: list[tuple[Cell, Run]], groups: Mapping, means: Mappi
     firsts = []
     for variant, g in groups.items():
         x = means[label, variant]["right"].to_numpy()
-        first = g[g["order"] == g.groupby("seed")["order"].transform("min")]
-        bins = metrics.reliability(first["confidence"], first["right"])
-        firsts.append(first)
+        firsts.append(g[g["order"] == g.groupby("seed")["order"].transform("min")])
+        bins = metrics.reliability(firsts[-1]["confidence"], firsts[-1]["right"])
         times = [_seconds(run.summary) for cell, run in mine if cell.variant == variant]
         adapt, encode = np.mean(times, axis=0)
         row["variants"][variant] = {
@@ -270,7 +267,7 @@ def _row(label: str, mine: list[tuple[Cell, Run]], groups: Mapping, means: Mappi
             "accuracy": float(x.mean()),
             "ci95": metrics.bootstrap_difference(np.zeros(len(x)), x, resamples=4000),
             "by_seed": g.groupby("seed")["right"].mean().tolist(),
-            "ece": float((bins.n * (bins.accuracy - bins.confidence).abs()).sum() / len(first)),
+            "ece": float((bins.n * (bins.accuracy - bins.confidence).abs()).sum() / bins.n.sum()),
             "log_prob": float(g["log_prob"].mean()),
             "seconds": float(adapt),
             "encode_seconds": float(encode),

@@ -73,12 +73,14 @@ def run_many(
             for worker in [worker for worker in busy if worker.pipe in done]:
                 i, views = busy.pop(worker)
                 try:
-                    folder, error = worker.pipe.recv()
+                    result = worker.pipe.recv()
                     idle.append(worker)
                 except (EOFError, ConnectionError):
-                    folder, error = None, worker.why(logs[i])
-                encoded.update([views] if folder else [])
-                yield i, load_run(folder) if folder else ValueError(error)
+                    result = ValueError(worker.why(logs[i]))
+                if isinstance(result, Path):
+                    encoded.add(views)
+                    result = load_run(result)
+                yield i, result
     finally:
         for worker in busy:  # after an error here, or Ctrl-C
             worker.process.terminate()
@@ -117,10 +119,10 @@ class _Worker:
         """Why the process ended, in a line."""
         self.process.join()
         code = self.process.exitcode
-        text = log.read_text(errors="replace").strip() if log.is_file() else ""
-        if code < 0 or not text:
-            return f"killed by signal {-code}" if code < 0 else f"ended with exit code {code}"
-        return text.splitlines()[-1]
+        if code < 0:
+            return f"killed by signal {-code}"
+        lines = log.read_text(errors="replace").strip().splitlines() if log.is_file() else []
+        return (lines or [f"ended with exit code {code}"])[-1]
 
 
 def _work(pipe, threads: int) -> None:
@@ -138,9 +140,9 @@ def _work(pipe, threads: int) -> None:
                 os.dup2(file.fileno(), 1)
                 os.dup2(file.fileno(), 2)
             try:
-                folder, error = run(config, session).dir, ""
-            except (ValueError, OSError) as wrong:  # anything else ends the process, and is told
-                folder, error = None, " ".join(str(wrong).split())
-                print(error)
+                result = run(config, session).dir
+            except (ValueError, OSError) as error:  # anything else ends the process, and is told
+                result = ValueError(" ".join(str(error).split()))
+                print(result)
             sys.stdout.flush()
-            pipe.send((folder, error))
+            pipe.send(result)

@@ -182,33 +182,19 @@ def _line(row: Row, done: Run, reference: Run | None) -> dict:
     line = {"label": row.label, "method": c.method, "augmenter": c.augmenter}
     line["loss"] = c.options.get("loss", "")
     line |= {name: getattr(c, name) for name in ("n_aug", "n_patches", "overlap", "augmix")}
-    low, high = s["accuracy_after_ci95"]
-    line |= {
-        "dataset": s["dataset"],
-        "model": Path(c.model).stem if Path(c.model).is_file() else c.model,
-        "n": s["n"],
-        "failed_images": s["failed"]["count"],
-        "accuracy": s["accuracy_after"],
-        "ci_low": low,
-        "ci_high": high,
-        "prompt_accuracy": s["accuracy_before"],
-        "improved": s["improved"],
-        "worsened": s["worsened"],
-    }
+    line["dataset"] = s["dataset"]
+    line["model"] = Path(c.model).stem if Path(c.model).is_file() else c.model
+    line |= {"n": s["n"], "failed_images": s["failed"]["count"], "accuracy": s["accuracy_after"]}
+    line["ci_low"], line["ci_high"] = s["accuracy_after_ci95"]
+    line["prompt_accuracy"] = s["accuracy_before"]
+    line |= {name: s[name] for name in ("improved", "worsened")}
     # the table has no bootstrap interval, so none is drawn
     pair = metrics.compare(reference.records, done.records, resamples=1) if reference else {}
-    low, high = pair.get("gain_ci95", (None, None))
-    return line | {
-        "gain_vs_baseline": pair.get("gain"),
-        "p_vs_baseline": pair.get("p_value"),
-        "gain_ci_low": low,
-        "gain_ci_high": high,
-        "improved_vs_baseline": pair.get("improved"),
-        "worsened_vs_baseline": pair.get("worsened"),
-        "reported": row.reported,
-        "seconds_per_image": s["seconds_per_image"],
-        "run": done.name,
-    }
+    line |= {"gain_vs_baseline": pair.get("gain"), "p_vs_baseline": pair.get("p_value")}
+    line["gain_ci_low"], line["gain_ci_high"] = pair.get("gain_ci95", (None, None))
+    line |= {f"{name}_vs_baseline": pair.get(name) for name in ("improved", "worsened")}
+    line |= {"reported": row.reported, "seconds_per_image": s["seconds_per_image"]}
+    return line | {"run": done.name}
 
 
 def markdown(lines: Sequence[Mapping], baseline: str, failed: Sequence[Row]) -> str:
@@ -221,14 +207,12 @@ def markdown(lines: Sequence[Mapping], baseline: str, failed: Sequence[Row]) -> 
         interval = f"{100 * line['ci_low']:.2f} to {100 * line['ci_high']:.2f}"
         cells = [line["label"], f"{100 * line['accuracy']:.2f}", interval]
         cells += [line["improved"], line["worsened"]]
-        if baseline and line["label"] == baseline:
-            cells += ["", "", ""]
-        elif baseline and line["p_vs_baseline"] is not None:
+        if baseline and line["label"] != baseline and line["p_vs_baseline"] is not None:
             low, high = 100 * line["gain_ci_low"], 100 * line["gain_ci_high"]
             cells += [f"{100 * line['gain_vs_baseline']:+.2f}", f"{low:+.2f} to {high:+.2f}"]
             cells += [f"{line['p_vs_baseline']:.2g}"]
         elif baseline:
-            cells += ["no baseline", "", ""]
+            cells += ["" if line["label"] == baseline else "no baseline", "", ""]
         if "reported" in head:
             cells.append("" if line["reported"] is None else line["reported"])
         body.append(cells)
