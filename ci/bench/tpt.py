@@ -40,16 +40,15 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from tpt_nb import datasets, methods, models
-from tpt_nb.core.images import view_seed
 from tpt_nb.core.machine import device_name
 from tpt_nb.datasets import iconshift
 from tpt_nb.features import encode
 from tpt_nb.methods import tuning
-from tpt_nb.models import Prompts
-from tpt_nb.runs import default_learning_rate
-from tpt_nb.views import RandomViews
+from tpt_nb.models import Prompts, packed
+from tpt_nb.runs import GROUP
+from tpt_nb.views import RandomViews, view_seed
 
-GROUP = 32  # images adapted together, as in experiment.run
+TPT = methods.get("tpt")
 IMAGE_SIZE = (500, 375)  # of the typical photograph in ImageNet
 GROWTH_CLASSES, GROWTH_VIEWS = (50, 200, 1000), (16, 64, 256)
 
@@ -179,7 +178,7 @@ def bench(args: argparse.Namespace, say: Callable) -> dict:
     device = clip.device
     names = class_names(args.classes)
     prompts = Prompts(clip, names)
-    lr = default_learning_rate(args.model)
+    lr = tuning.usual_learning_rate(args.model)
     augmenter = RandomViews(n_aug=args.views - 1, size=clip.image_size)
     image = photograph() if args.model != "mini" else datasets.load("iconshift-a", n=1)[0][0]
     views = augmenter(image, 0)
@@ -195,13 +194,13 @@ def bench(args: argparse.Namespace, say: Callable) -> dict:
     )
 
     def do_fast():
-        return methods.get("tpt")(features, prompts, lr=lr)
+        return TPT(features, prompts, lr=lr)
 
     paper: list[methods.Adapted] = []
 
     def do_paper():  # the next image each time
         one = near[len(paper) : len(paper) + 1]
-        paper.append(methods.get("tpt")(one, prompts, lr=lr, exact="paper"))
+        paper.append(TPT(one, prompts, lr=lr, exact="paper"))
 
     do_fast()  # warms up
     once = clock(lambda: tuning.Start(Prompts(clip, names), by_matrix=False), device)
@@ -217,7 +216,7 @@ def bench(args: argparse.Namespace, say: Callable) -> dict:
         samples["paper"].append(clock(do_paper, device))
         say("  " + ", ".join(f"{k} {v[-1]:.4f} s" for k, v in samples.items()))
 
-    fast = methods.get("tpt")(near[: len(paper)], prompts, lr=lr)
+    fast = TPT(near[: len(paper)], prompts, lr=lr)
     each = [dict(zip(samples, row, strict=True)) for row in zip(*samples.values(), strict=True)]
     ratios = {
         "ratio_adapt": [s["paper"] / s["fast"] for s in each],
@@ -267,7 +266,7 @@ def counted(clip, prompts: Prompts, views, features, lr: float) -> dict:
     """Operations per image, in 10^12; of the paper path on a few classes, for all of them."""
     few = Prompts(clip, prompts.classnames[: min(8, prompts.C)])
     some = near_features(few, 1, features.shape[1])
-    per_class = flops(lambda: methods.get("tpt")(some, few, lr=lr, exact="paper")) / few.C
+    per_class = flops(lambda: TPT(some, few, lr=lr, exact="paper")) / few.C
     return {
         "floor": flops(lambda: clip.encode_views(views[:1])) * len(views) / 1e12,
         "paper": per_class * prompts.C / 1e12,
@@ -277,14 +276,14 @@ def counted(clip, prompts: Prompts, views, features, lr: float) -> dict:
 
 def counted_fast(prompts: Prompts, features: torch.Tensor, lr: float) -> float:
     """Operations of the fast path for one image, in 10^12, in products that a counter knows."""
-    laid_out = models.lay_out
-    models.lay_out = lambda weight: None
+    laid_out = packed.lay_out
+    packed.lay_out = lambda weight: None
     try:
         plain = Prompts(prompts.clip, prompts.classnames)
-        methods.get("tpt")(features, plain, lr=lr)
-        return flops(lambda: methods.get("tpt")(features, plain, lr=lr)) / 1e12
+        TPT(features, plain, lr=lr)
+        return flops(lambda: TPT(features, plain, lr=lr)) / 1e12
     finally:
-        models.lay_out = laid_out
+        packed.lay_out = laid_out
 
 
 def growth(args, clip, lr: float, base: dict, say: Callable) -> dict:
@@ -293,20 +292,20 @@ def growth(args, clip, lr: float, base: dict, say: Callable) -> dict:
     for n in GROWTH_CLASSES:
         prompts = Prompts(clip, class_names(str(n)))
         features = near_features(prompts, 1, args.views)
-        methods.get("tpt")(features, prompts, lr=lr)
-        fast = min(clock(lambda: methods.get("tpt")(features, prompts, lr=lr), device) for _ in range(2))  # noqa: B023
+        TPT(features, prompts, lr=lr)
+        fast = min(clock(lambda: TPT(features, prompts, lr=lr), device) for _ in range(2))  # noqa: B023
         over = (base["floor_s"] + base["views_s"] + fast) / base["floor_s"]
         out["classes"][n] = {"fast_s": fast, "over_floor": over}
         if n < base["classes"]:  # with a thousand classes the paper's path needs more than 30 GB
-            paper = clock(lambda: methods.get("tpt")(features, prompts, lr=lr, exact="paper"), device)  # noqa: B023
+            paper = clock(lambda: TPT(features, prompts, lr=lr, exact="paper"), device)  # noqa: B023
             out["classes"][n]["paper_s"] = paper
         say(f"  {n} classes: fast {fast:.3f} s, {over:.2f} of the floor")
     prompts = Prompts(clip, class_names(args.classes))
     for v in GROWTH_VIEWS:
         features = near_features(prompts, 1, v)
         views = RandomViews(n_aug=v - 1, size=clip.image_size)(photograph(), 0)
-        methods.get("tpt")(features, prompts, lr=lr)
-        fast = min(clock(lambda: methods.get("tpt")(features, prompts, lr=lr), device) for _ in range(2))  # noqa: B023
+        TPT(features, prompts, lr=lr)
+        fast = min(clock(lambda: TPT(features, prompts, lr=lr), device) for _ in range(2))  # noqa: B023
         batch = base["encoder_batch"]
         floor = clock(lambda: clip.encode_views(views, batch=batch), device)  # noqa: B023
         out["views"][v] = {"fast_s": fast, "floor_s": floor}
@@ -319,14 +318,12 @@ def end_to_end(args: argparse.Namespace, say: Callable) -> dict:
     clip = load("mini", args.device)
     data = datasets.load("iconshift-a", n=args.images)
     augmenter = RandomViews(n_aug=args.views - 1, size=clip.image_size)
-    lr = default_learning_rate("mini")
+    lr = tuning.usual_learning_rate("mini")
 
     def tune(features, kept: str | None = None) -> list:
-        prompts, n = Prompts(clip, data.classnames), len(features)
-        return [
-            methods.get("tpt")(views.to(clip.device), prompts, lr=lr, n_images=n, cache=kept)
-            for _, views, _ in features.batches(GROUP)
-        ]
+        prompts = Prompts(clip, data.classnames)
+        prompts.expect(len(features), kept)
+        return [TPT(x.to(clip.device), prompts, lr=lr) for _, x, _ in features.batches(GROUP)]
 
     with tempfile.TemporaryDirectory() as cache:
         began = time.perf_counter()
@@ -375,7 +372,7 @@ def end_to_end(args: argparse.Namespace, say: Callable) -> dict:
 
 def chart(result: dict, path: Path) -> None:
     """Where the time of an image goes, before and after."""
-    from tpt_nb import figures
+    from tpt_nb import figures  # here: matplotlib would count as memory of what is measured
 
     figures.setup()
     r = result
