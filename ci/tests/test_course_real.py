@@ -48,7 +48,7 @@ MISTAKES = {
     "06.1": ("(1 - a).sqrt()", "(1 - a)"),
     "06.2": ("- (1 - a).sqrt() * v", "+ (1 - a).sqrt() * v"),
     "06.3": ("else 1", "else 0"),  # the original has to pass, too
-    "06.4": ("views * per_view", "per_view"),
+    "06.4": ("n_views * per_view", "per_view"),
     "06.5": ("int(targets.bincount().max())", "1"),  # mostly another image of the same class
     "07.1": ("caption[:start] + name + caption[end:]", "caption.replace(caption[start:end], name)"),
     "07.2": (" - count) / (count * (count - 1))", ") / count**2"),  # with the diagonal
