@@ -71,12 +71,7 @@ def tune_encoder(
     after, losses, contexts = [], [], []
     try:
         for i, name in enumerate(ids):
-            views = pixels(name)
-            if len(views) != features.shape[1]:
-                raise ValueError(
-                    f"{name}: pixels() gave {len(views)} views, its features have "
-                    f"{features.shape[1]}."
-                )
+            views = _views_of(name, pixels, features.shape[1])
             ctx = prompts.ctx.to(x0).clone().requires_grad_(True)  # reset for every image
             for w, (value, _) in zip(weights, kept, strict=True):
                 w.data.copy_(value)
@@ -103,6 +98,13 @@ def tune_encoder(
             w.grad = None
     parts = (torch.stack(after), logits[:, 0], torch.stack(losses), as_mask(chosen, features))
     return Adapted(*back(features, *parts, torch.stack(contexts)))
+
+
+def _views_of(name: str, pixels: Callable[[str], Tensor], n: int) -> Tensor:
+    views = pixels(name)
+    if len(views) != n:
+        raise ValueError(f"{name}: pixels() gave {len(views)} views, its features have {n}.")
+    return views
 
 
 def _check_same(name: str, now: Tensor, cached: Tensor) -> None:

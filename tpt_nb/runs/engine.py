@@ -221,13 +221,15 @@ def _compute(
         print(f"{folder.name}: resumed at {done} of {len(encoded.ids)} images")
     # what an online method learns from one image it keeps for the next: all of them in one call
     size = GROUP if methods.get(config.method).kind == "episodic" else len(encoded.ids)
+    seconds = {"method": 0.0}
     with bar(len(encoded.ids), done, config.method, progress) as shown:
-        for fresh in _adapt(folder / "records.jsonl", encoded, done, prepared, prompts, size):
+        path = folder / "records.jsonl"
+        for fresh in _adapt(path, encoded, done, prepared, prompts, size, seconds):
             records += fresh
             shown.update(len(fresh))
     ended = time.perf_counter()
-    seconds = {"load": loaded - opened.began, "encode": ready - loaded, "adapt": ended - ready}
-    seconds["total"] = ended - opened.began
+    seconds |= {"load": loaded - opened.began, "encode": ready - loaded}
+    seconds |= {"adapt": ended - ready, "total": ended - opened.began}
     summary = _summary(opened, records, done, encoded, seconds, prepared.seconds)
     result = Run(folder, config, records, summary)
     if config.tensorboard:
@@ -237,9 +239,12 @@ def _compute(
 
 
 def _adapt(
-    path: Path, encoded: features.Features, done: int, prepared, prompts, size: int
+    path: Path, encoded: features.Features, done: int, prepared, prompts, size: int, seconds: dict
 ) -> Iterator[list[dict]]:
-    """Adapt to the images after the first ``done``; append and yield the records of each group."""
+    """Adapt to the images after the first ``done``; append and yield the records of each group.
+
+    ``seconds["method"]`` grows by what the method itself takes.
+    """
     start = 0
     with open(path, "ab") as file:
         for ids, views, targets in encoded.batches(size):
@@ -247,8 +252,10 @@ def _adapt(
             start += len(ids)
             if skip >= len(ids):
                 continue
+            began = time.perf_counter()
             # the whole group is adapted even where some of it is there: same operations, same bits
             adapted = prepared.adapt(views.to(prompts.clip.device), prompts, ids)
+            seconds["method"] += time.perf_counter() - began
             fresh = to_records(ids, targets, adapted)[skip:]
             file.write(b"".join(line_of(record) for record in fresh))
             file.flush()

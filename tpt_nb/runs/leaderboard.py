@@ -282,9 +282,10 @@ def _row(label: str, mine: list[tuple[Cell, Run]], groups: Mapping, means: Mappi
 
 
 def _seconds(summary: Mapping) -> tuple[float, float]:
-    """Of adapting to an image, and of encoding it."""
-    adapt = summary["seconds"]["adapt"] / max(1, summary["n"] - summary["resumed"])
-    return adapt, summary["seconds_per_image"] - adapt
+    """Of the method for an image, without writing records; and of encoding it."""
+    new = max(1, summary["n"] - summary["resumed"])
+    seconds = summary["seconds"]
+    return seconds["method"] / new, summary["seconds_per_image"] - seconds["adapt"] / new
 
 
 def hash_of(config: RunConfig) -> str:

@@ -4,6 +4,9 @@ import dataclasses
 import json
 import math
 
+import numpy as np
+import pandas as pd
+
 from tpt_nb import metrics
 from tpt_nb.runs.records import Run
 
@@ -15,14 +18,43 @@ def write_tensorboard(run_: Run, classnames: list[str]) -> None:
     names in the study's event files, kept so that its dashboards fit. Its KL divergence from the
     one-hot target is the cross-entropy.
     """
-    import numpy as np
     from torch.utils.tensorboard import SummaryWriter
 
     for old in run_.dir.glob("events.out.tfevents.*"):  # of a run that was killed
         old.unlink()
     table = run_.frame
     n = len(table)
-    count = np.arange(1, n + 1)
+    curves, final = _curves(table)
+    classes = metrics.per_class(table, classnames)
+    info = "Samples-PerClass-info"
+    by_class = {
+        f"{info}/Nsamples": classes["n"],
+        f"{info}/NImproved": classes["improved"],
+        f"{info}/NWorsened": classes["worsened"],
+        f"{info}/ImprovedRatio": classes["improved"] / classes["n"],
+        f"{info}/WorsenedRatio": classes["worsened"] / classes["n"],
+        "Samples-PerClass/Changed": classes["improved"] - classes["worsened"],
+    }
+    changes = metrics.changes(table)
+    for name in ("Improved", "Worsened"):
+        final[f"Samples-Global/N{name}"] = changes[name.lower()]
+        final[f"Samples-Global/{name}Ratio"] = changes[name.lower()] / n
+    steps = {tag: enumerate(values) for tag, values in curves.items()}
+    steps |= {tag: values.items() for tag, values in by_class.items()}
+    steps |= {tag: [(0, value)] for tag, value in final.items()}
+    with SummaryWriter(log_dir=str(run_.dir)) as writer:
+        writer.add_text("Config", json.dumps(dataclasses.asdict(run_.config), indent=4))
+        for tag, points in steps.items():
+            for step, value in points:
+                if value is not None and math.isfinite(value):
+                    writer.add_scalar(tag, value, step)
+        writer.add_text("statistics/perclass", classes.to_json(orient="records", indent=4))
+        writer.add_text("statistics/global", json.dumps({**changes, "n_samples": n}, indent=4))
+
+
+def _curves(table: pd.DataFrame) -> tuple[dict, dict]:
+    """Tag -> a value per image, and tag -> the value over all of them."""
+    count = np.arange(1, len(table) + 1)
     before, after = metrics.WHEN
     right = {when: metrics.correct(table, when).astype(int) for when in metrics.WHEN}
     ce = {w: -np.log(np.maximum(table[f"prob_target_{w}"], 1e-45)) for w in metrics.WHEN}
@@ -50,28 +82,4 @@ def write_tensorboard(run_: Run, classnames: list[str]) -> None:
         curves[f"{tag}/Base{end}"], curves[f"{tag}/TPT_coop{end}"] = base, tpt
         curves[f"{tag}/difference{end}(TPT-base)"] = tpt - base
         final[f"{tag}/Final_Base{end}"], final[f"{tag}/Final_TPT_coop{end}"] = base[-1], tpt[-1]
-    classes = metrics.per_class(table, classnames)
-    info = "Samples-PerClass-info"
-    by_class = {
-        f"{info}/Nsamples": classes["n"],
-        f"{info}/NImproved": classes["improved"],
-        f"{info}/NWorsened": classes["worsened"],
-        f"{info}/ImprovedRatio": classes["improved"] / classes["n"],
-        f"{info}/WorsenedRatio": classes["worsened"] / classes["n"],
-        "Samples-PerClass/Changed": classes["improved"] - classes["worsened"],
-    }
-    changes = metrics.changes(table)
-    for name in ("Improved", "Worsened"):
-        final[f"Samples-Global/N{name}"] = changes[name.lower()]
-        final[f"Samples-Global/{name}Ratio"] = changes[name.lower()] / n
-    steps = {tag: enumerate(values) for tag, values in curves.items()}
-    steps |= {tag: values.items() for tag, values in by_class.items()}
-    steps |= {tag: [(0, value)] for tag, value in final.items()}
-    with SummaryWriter(log_dir=str(run_.dir)) as writer:
-        writer.add_text("Config", json.dumps(dataclasses.asdict(run_.config), indent=4))
-        for tag, points in steps.items():
-            for step, value in points:
-                if value is not None and math.isfinite(value):
-                    writer.add_scalar(tag, value, step)
-        writer.add_text("statistics/perclass", classes.to_json(orient="records", indent=4))
-        writer.add_text("statistics/global", json.dumps({**changes, "n_samples": n}, indent=4))
+    return curves, final
