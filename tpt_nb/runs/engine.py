@@ -148,7 +148,8 @@ def _open(config: RunConfig | Mapping) -> _Opened:
     began = time.perf_counter()
     config = config if isinstance(config, RunConfig) else RunConfig.from_dict(config)
     resolved, why = resolve(config)
-    say_once(f"profile {resolved.profile}: {why}")
+    if config.profile == "auto":
+        say_once(f"profile {resolved.profile}: {why}")
     dataset = datasets.load(
         resolved.dataset,
         n=resolved.reduced_size,
