@@ -87,16 +87,21 @@ def make_prompts(config: RunConfig, clip: models.Clip, classnames: list[str]):
         return models.TemplatePrompts(clip, classnames, [sentence])
     if config.templates:
         return models.TemplatePrompts(clip, classnames, config.templates)
-    return models.Prompts(
-        clip,
-        classnames,
-        ctx_init=config.ctx_init or None,
-        n_ctx=config.n_ctx,
-        coop=config.coop or None,
-        class_token_position=config.class_token_position,
-        class_specific=config.csc,
-        seed=config.seed,
-    )
+    try:
+        return models.Prompts(
+            clip,
+            classnames,
+            ctx_init=config.ctx_init or None,
+            n_ctx=config.n_ctx,
+            coop=config.coop or None,
+            class_token_position=config.class_token_position,
+            class_specific=config.csc,
+            seed=config.seed,
+        )
+    except ValueError as error:  # in the words of who configures a run
+        text = str(error).replace("class_specific=True", "csc=True (--csc)")
+        text = text.replace("class_specific=False", "csc=False (--no-csc)")
+        raise ValueError(text.replace("ctx_init=None", "ctx_init=''")) from error
 
 
 def run_name(config: RunConfig) -> str:
@@ -278,7 +283,7 @@ def _summary(
         **metrics.summarize(records),
         "failed": {"count": len(encoded.failed), "images": list(encoded.failed)},
         "resumed": done,
-        "seconds": {key: round(value, 3) for key, value in times.items()},
+        "seconds": {key: round(value, 6) for key, value in times.items()},
         # encoding counts whenever it was done, so that a full cache does not flatter a method
         "seconds_per_image": (encoded.seconds + own.get("encode", 0)) / n
         + seconds["adapt"] / max(1, n_new),
