@@ -176,15 +176,59 @@ def test_half_precision_is_no_vote():
     torch.testing.assert_close(half.logits.exp()[0, 1:], expected, atol=1e-3, rtol=0)
 
 
-def test_published_tie_break_takes_the_views_as_they_were_made():
-    """View 2, the first after k=2, decides although it is the least confident; zero asks view 3."""
+def test_published_tie_break_asks_by_confidence():
+    """View 3 decides, the surest of the rest; before cbd7949 it was view 2, the first after k=2."""
     eye = torch.eye(4)
     cosines = torch.stack([0.9 * eye[3], 0.9 * eye[1], 0.1 * eye[3], 0.3 * eye[1], 0.2 * eye[2]])[
         None
     ]
     prompts = FakePrompts(eye, 100.0)
-    assert methods.get("zero_fp16")(cosines, prompts, rho=0.4).logits.argmax(1).tolist() == [3]
+    assert methods.get("zero_fp16")(cosines, prompts, rho=0.4).logits.argmax(1).tolist() == [1]
     assert methods.get("zero")(cosines, prompts, rho=0.4).logits.argmax(1).tolist() == [1]
+
+
+def published_zero(cosines, scale, share, by_confidence=True):
+    """Class for one image's cosines [V][C], as ZERO's code finds it, and how it came to it."""
+    entropies = []
+    for row in cosines:
+        p = [math.exp(scale * (c - max(row))) for c in row]
+        entropies.append(-sum(q / sum(p) * math.log(q / sum(p)) for q in p))
+    views = range(len(cosines))
+    order = sorted(views, key=lambda view: entropies[view])
+    k = int(len(cosines) * share)
+    bar = [0.0] * len(cosines[0])
+    for view in order[:k]:
+        p = [math.exp((c - max(cosines[view])) / 2**-10) for c in cosines[view]]
+        bar = [b + (q / sum(p) if q > 1e-40 else 0.0) for b, q in zip(bar, p, strict=True)]
+    ties = [c for c, b in enumerate(bar) if b == max(bar)]
+    if len(ties) == 1:
+        return ties[0], "vote"
+    rest = order[k:] if by_confidence else list(views)[k:]
+    for view in rest:
+        prediction = cosines[view].index(max(cosines[view]))
+        if prediction in ties:
+            return prediction, "asked"
+    row = list(cosines[rest[0]])
+    for c in ties:
+        row[~c] = -math.inf
+    winner = row.index(max(row))
+    bar[winner] += 1
+    return bar.index(max(bar)), "slip"
+
+
+def test_zero_fp16_is_the_published_code_in_loops():
+    """Eighths of a cosine are whole votes in half precision; entropy falls with the length."""
+    generator = torch.Generator().manual_seed(4)
+    noise = torch.rand(300, 6, 8, generator=generator)
+    length = 0.9 + torch.rand(300, 6, 1, generator=generator).argsort(1) / 60
+    cosines = (noise.argsort(-1) / 8 * length).half().float()
+    out = methods.get("zero_fp16")(cosines, FakePrompts(torch.eye(8), 8.0), rho=0.7)
+    found = [published_zero(rows, 8.0, 0.7) for rows in cosines.tolist()]
+    assert out.logits.argmax(1).tolist() == [c for c, _ in found]
+    ways = [way for _, way in found]
+    assert min(ways.count(way) for way in ("vote", "asked", "slip")) > 20
+    before = [published_zero(rows, 8.0, 0.7, by_confidence=False)[0] for rows in cosines.tolist()]
+    assert sum(a != b for (a, _), b in zip(found, before, strict=True)) > 20
 
 
 def test_published_fallback_masks_the_wrong_classes():
@@ -325,6 +369,39 @@ def test_tps_is_a_sign_step_on_the_text_features():
         moved = F.normalize(text - 0.01 * g / (g.abs() + 1e-8), dim=-1)
         torch.testing.assert_close(out.logits[i], 5.0 * x[0] @ moved.T, atol=1e-9, rtol=0)
         assert out.loss[i].item() == pytest.approx(loss.item())
+
+
+def test_tps_selects_the_views_anew_in_each_step():
+    """Against AdamW in loops; with the views of the first step alone it ends elsewhere."""
+    generator = torch.Generator().manual_seed(2)
+    text = F.normalize(torch.randn(4, 6, generator=generator, dtype=torch.float64), dim=-1)
+    noise = torch.randn(3, 20, 6, generator=generator, dtype=torch.float64)
+    features = F.normalize(text[:3, None] + noise, dim=-1)
+    out = methods.get("tps")(features, FakePrompts(text, 5.0), rho=0.3, shift=0.05, steps=4)
+
+    def shifted(x, anew):
+        delta, first, second = (torch.zeros_like(text) for _ in range(3))
+        for t in range(1, 5):
+            leaf = delta.clone().requires_grad_(True)
+            logits = 5.0 * x @ F.normalize(text + leaf, dim=-1).T
+            if anew or t == 1:
+                entropies = [float(entropy(z)) for z in logits.detach()]
+                chosen = sorted(range(20), key=lambda view: entropies[view])[:6]
+            if t == 1:
+                used = chosen
+            mean = sum(logits[view].softmax(-1) for view in chosen) / 6
+            g = torch.autograd.grad(-(mean * mean.log()).sum(), leaf)[0]
+            first, second = 0.9 * first + 0.1 * g, 0.999 * second + 0.001 * g * g
+            step = first / (1 - 0.9**t) / ((second / (1 - 0.999**t)).sqrt() + 1e-8)
+            delta = delta * (1 - 0.05 * 0.01) - 0.05 * step
+        return 5.0 * F.normalize(text + delta, dim=-1) @ x[0], used
+
+    for i, x in enumerate(features):
+        expected, used = shifted(x, anew=True)
+        torch.testing.assert_close(out.logits[i], expected, atol=1e-7, rtol=0)
+        assert out.selected[i].nonzero()[:, 0].tolist() == sorted(used)
+    kept = torch.stack([shifted(x, anew=False)[0] for x in features])
+    assert (out.logits - kept).abs().max() > 0.01
 
 
 def test_tps_steps_lower_what_they_minimise():

@@ -34,30 +34,33 @@ def tps(features: Tensor, prompts: Prompts | TemplatePrompts, options: Options) 
 
     TPT without the text encoder: what is tuned is a shift of each class's text feature, from 0, by
     AdamW steps of size ``shift`` (per coordinate; the paper's learning rate) on the marginal
-    entropy of the confident views. View 0 is classified with the shifted, re-normalised features.
-    The prototypes may come from a template ensemble, as in the paper.
+    entropy of the confident views. As in the published code, each step selects these anew under the
+    features moved so far; ``selected`` and ``loss`` are of the first step. View 0 is classified
+    with the shifted, re-normalised features. The prototypes may come from a template ensemble, as
+    in the paper.
     """
     logits = initial_logits(features, prompts)
     x, text = features.to(logits), prompts.text_features().detach()
     scale = prompts.clip.logit_scale.to(x)
     chosen = select_confident(logits, options.rho)
-    kept = take(x, chosen)  # [B,k,D]
     outs, losses_ = [], []
     size = max(1, 2**24 // text.numel())
-    for part, view0 in zip(kept.split(size), x[:, 0].split(size), strict=True):
+    each = torch.vmap(lambda z: marginal_entropy(z, 1.0))
+    for part, views in zip(x.split(size), chosen.split(size), strict=True):
         delta = text.new_zeros(len(part), *text.shape).requires_grad_(True)
         step = torch.optim.AdamW([delta], lr=options.shift)
         for i in range(options.steps):
             moved = F.normalize(text + delta, dim=-1)
-            each = torch.vmap(lambda z: marginal_entropy(z, 1.0))
-            loss = each(scale * part @ moved.transpose(1, 2))
+            if i:
+                views = select_confident(scale * part @ moved.detach().mT, options.rho)
+            loss = each(scale * take(part, views) @ moved.mT)
             (delta.grad,) = torch.autograd.grad(loss.sum(), delta)
             step.step()
             if i == 0:
                 losses_.append(loss.detach())
         with torch.no_grad():
             moved = F.normalize(text + delta, dim=-1)
-            outs.append(scale * torch.einsum("bd,bcd->bc", view0, moved))
+            outs.append(scale * torch.einsum("bd,bcd->bc", part[:, 0], moved))
     parts = (torch.cat(outs), logits[:, 0], torch.cat(losses_), as_mask(chosen, features))
     return Adapted(*back(features, *parts))
 

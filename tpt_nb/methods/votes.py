@@ -65,12 +65,10 @@ def zero(features: Tensor, prompts: Prompts | TemplatePrompts, options: ZeroOpti
     The limit that the paper describes, temperature to 0: every confident view casts one vote. Equal
     counts: the remaining views are asked in order of their confidence, and the first that predicts
     one of the tied classes decides; if none does, the more probable class. (The published code
-    asks them in the order in which they were made, see :func:`zero_fp16`.)
+    slips then, and its votes are not whole, see :func:`zero_fp16`.)
     """
     logits = initial_logits(features, prompts)
-    order = entropy(logits).argsort(dim=-1, stable=True)
-    k = select_confident(logits, options.rho).shape[-1]
-    chosen, rest = order[:, :k], order[:, k:]
+    chosen, rest = _by_confidence(logits, options.rho)
     counts, mean = _votes(logits, chosen)
     tied = counts == counts.amax(-1, keepdim=True)
     winner = _first_among(take(logits, rest).argmax(-1), tied)
@@ -88,9 +86,13 @@ def zero_fp16(
     The code divides cosines by the smallest step of their type. Under mixed precision that is
     2^-10, about ten times CLIP's inverse scale: a sharpened mean, no vote. Cosines are rounded to
     half precision, from features in half precision, as a GPU does it. Exactly equal sums: the
-    views ``k, k+1, ...`` in the order in which they were made (confident or not) are asked; if
-    none predicts a tied class, the code masks the wrong classes (``~i`` of a number is ``-1-i``)
-    and takes the best of the others in view k. All of that is kept here.
+    remaining views are asked in order of their confidence, and the first that predicts a tied class
+    gets one vote more; if none does, the code masks the wrong classes (``~i`` of a number is
+    ``-1-i``) and gives the vote to the best of the others in the first of those views, which may be
+    too little to win. All of that is kept here.
+
+    This is the code since its commit cbd7949 (2 November 2024). Before, it asked the views
+    ``k, k+1, ...`` in the order in which they were made: some of them had voted already.
 
     ``logits`` are the log of the mean of the sharpened predictions.
     """
@@ -98,18 +100,18 @@ def zero_fp16(
     x, text = features.to(weight_of(prompts)), prompts.text_features()
     cosines = (x.half().float() @ text.half().float().T).half()
     scaled = (cosines * prompts.clip.logit_scale.to(cosines.device)).half().float()
-    chosen = select_confident(scaled, options.rho)
-    k, c = chosen.shape[-1], logits.shape[-1]
+    chosen, others = _by_confidence(scaled, options.rho)
     sharp = (cosines.float() / torch.finfo(torch.float16).eps).softmax(-1)
-    mean = take(sharp, chosen).mean(1)
-    tied = mean == mean.amax(-1, keepdim=True)
+    sums = take(sharp, chosen).sum(1)
+    tied = sums == sums.amax(-1, keepdim=True)
     several = tied.sum(-1) > 1
-    rest = cosines[:, k:]
+    rest = take(cosines, others)
     if rest.shape[1] and several.any():
         winner = _first_among(rest.argmax(-1), tied)
         wrong = rest[:, 0].float().masked_fill(tied.flip(-1), -torch.inf)  # ~i counts from the end
         winner = torch.where(winner < 0, wrong.argmax(-1), winner)
-        mean = mean + F.one_hot(winner, c) * several[:, None]
+        sums = sums + F.one_hot(winner, sums.shape[-1]) * several[:, None]
+    mean = sums / chosen.shape[-1]
     out = (mean / mean.sum(-1, keepdim=True)).clamp_min(torch.finfo(mean.dtype).tiny).log()
     mask = as_mask(chosen, features)
     return Adapted(*back(features, out, logits[:, 0], entropy(out), mask))
@@ -148,6 +150,13 @@ def contrast_vote(
     out = (score / score.sum(-1, keepdim=True)).clamp_min(torch.finfo(score.dtype).tiny).log()
     mask = torch.ones(x.shape[:2], dtype=torch.bool)
     return Adapted(*back(features, out, before, entropy(out), mask))
+
+
+def _by_confidence(logits: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """The confident views ``[B,k]`` and the others ``[B,V-k]``, the surest first in both."""
+    k = select_confident(logits, share).shape[-1]
+    order = select_confident(logits, 1.0)
+    return order[:, :k], order[:, k:]
 
 
 def _votes(logits: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
