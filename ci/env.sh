@@ -2,7 +2,8 @@
 # headless runs need. Afterwards $PYTHON is the interpreter. To use an environment of your own instead:
 # TPT_NB_PYTHON=/path/to/python bash ci/test
 
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+unset CDPATH # it would send cd to another folder
+cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." >/dev/null
 
 setup() {
   local lists="requirements.txt ci/requirements-test.txt ci/constraints.txt"

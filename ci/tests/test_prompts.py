@@ -251,7 +251,7 @@ def test_a_checkpoint_of_coops_trainer_loads_and_runs_nothing(mini, tmp_path):
     assert torch.equal(load_coop(tmp_path / "model.pth.tar-50", 4, 192), ctx.float())
     checkpoint["evil"] = Calls(os.mkdir, str(tmp_path / "pwned"))  # cannot even be made harmless
     torch.save(checkpoint, tmp_path / "worse")
-    with pytest.raises(ValueError, match=r"worse holds objects .* prompts.save_coop"):
+    with pytest.raises(ValueError, match=r"worse holds objects .* models.save_coop"):
         load_coop(tmp_path / "worse", 4, 192)
     assert not (tmp_path / "pwned").exists()
 

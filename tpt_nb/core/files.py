@@ -36,12 +36,31 @@ def write_json(path: str | Path, value: Mapping) -> None:
 def read_text(path: str | Path) -> str:
     """A text file, with or without a byte order mark; ``ValueError`` names one that is no text."""
     data = Path(path).read_bytes()
-    wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    marks = {"utf-32": (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)}  # first: it begins as utf-16
+    marks |= {"utf-16": (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)}
+    coding = next((name for name, mark in marks.items() if data.startswith(mark)), "utf-8")
     try:
-        return data.decode("utf-16" if wide else "utf-8-sig")
+        text = data.decode(coding).removeprefix("\ufeff")
+        bad = text.find("\0")  # UTF-16 without its mark, or no text at all
+        before = text[:bad] if bad >= 0 else None
     except UnicodeDecodeError as error:
-        place = data.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{path}, line {place}: not UTF-8; save the file as UTF-8") from error
+        before = data[: error.start].decode(coding, "ignore")
+    if before is None:
+        return text
+    place, coding = before.count("\n") + 1, coding.upper()
+    raise ValueError(f"{path}, line {place}: not {coding}; save the file as UTF-8")
+
+
+def read_json(path: str | Path):
+    """The value in a JSON file, read as :func:`read_text`; ``ValueError`` names what is none."""
+    text = read_text(path)
+    try:
+        value = json.loads(text)
+        if "\\ud" in text.lower():
+            json.dumps(value, ensure_ascii=False).encode()  # half a pair cannot be written again
+        return value
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
 
 
 def sha256(path: str | Path) -> str:
@@ -54,7 +73,8 @@ def sha256(path: str | Path) -> str:
 def only_writer(folder: Path, wait: bool = True) -> Iterator[None]:
     """Hold a folder for this process: a second one waits, and says so, or is refused.
 
-    The operating system gives the lock back when its process ends, however it ends.
+    The operating system gives the lock back when its process ends, however it ends. Where the file
+    system has no locks, a line says so and the work goes on.
 
     Raises:
         ValueError: another process holds it and ``wait`` is False.
@@ -66,12 +86,18 @@ def only_writer(folder: Path, wait: bool = True) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock")
     try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        if not wait:
-            raise ValueError(f"another process is writing to {folder}; wait for it.") from None
-        say_once(f"another process is writing to {folder}: waiting for it")
-        lock.acquire()
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            if not wait:
+                raise ValueError(f"another process is writing to {folder}; wait for it.") from None
+            say_once(f"another process is writing to {folder}: waiting for it")
+            lock.acquire()
+    except (OSError, NotImplementedError) as error:  # NFS without its lock service, FUSE ...
+        say_once(
+            f"warning: {folder} cannot be locked ({error}): see to it that no second process "
+            "writes there at the same time"
+        )
     try:
         yield
     finally:

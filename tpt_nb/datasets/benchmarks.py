@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tpt_nb.core.messages import first_line
 from tpt_nb.core.remote import is_remote
 from tpt_nb.datasets.dataset import Dataset, from_files
 from tpt_nb.datasets.folder import class_folders, load_folder
@@ -204,6 +205,11 @@ def _with_split(name: str, root: Path, classnames) -> Dataset:
                 break
             except FileNotFoundError as error:
                 missing.append(str(error))
+            except Exception as error:  # torchvision reads some: damaged files raise anything
+                if str(place) in str(error):
+                    raise
+                why = f"{type(error).__name__}: {first_line(error)}"
+                raise ValueError(f"{place}: the lists of {name} are damaged ({why})") from error
         else:
             raise _not_here(name, root, missing)
     if len(names) != benchmark.classes:

@@ -1,10 +1,9 @@
 """CoOp's split files (``split_zhou_*.json``): labels and names that must agree with themselves."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from tpt_nb.core.files import read_text
+from tpt_nb.core.files import read_json
 from tpt_nb.datasets.folder import spelling
 from tpt_nb.datasets.official import Items, number_off
 
@@ -19,11 +18,11 @@ def from_split(path: Path, classes: int, folders: Sequence[Path]) -> tuple[list[
         folders: where the images may be.
     Raises ``ValueError`` if this is no split file, contradicts itself or has no images here.
     """
+    split = read_json(path)
     try:
-        split = json.loads(read_text(path))
         entries = {part: [(str(p), int(y), str(c)) for p, y, c in split[part]] for part in split}
         test = entries["test"]
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise ValueError(
             f"{path} is no split file ({type(error).__name__}: {error}); expected JSON with a list "
             '"test" of [path, label, class name]'
@@ -31,9 +30,9 @@ def from_split(path: Path, classes: int, folders: Sequence[Path]) -> tuple[list[
     everything = [entry for part in entries.values() for entry in part]
     if path.name == "split_Caltech256.json":
         test, everything = _caltech256(test, everything)
-    names = _consistent(path, everything, classes)
     if not test:
         raise ValueError(f"{path} has no test images")
+    names = _consistent(path, everything, classes)
     # a few, since a single one may be missing
     inner = next((f for f in folders if any((f / p).exists() for p, _, _ in test[:20])), None)
     if inner is None:

@@ -2,12 +2,16 @@
 
 import io
 import pickle
+import zipfile
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from tpt_nb.core.files import write_whole
+from tpt_nb.core.messages import first_line
+
+OWN = ("ctx", "token_prefix", "token_suffix")  # of CoOp's prompt learner; others train more
 
 
 class _Inert:
@@ -36,24 +40,28 @@ def load_coop(path: str | Path, M: int, d: int, n_classes: int | None = None) ->
         M, d: the number and width of context vectors that the prompts need.
         n_classes: C for a class-specific context ``[C,M,d]``, None for a shared one ``[M,d]``.
     Raises:
-        FileNotFoundError, ValueError: no file, another layout, other M, width or C.
+        FileNotFoundError, ValueError: no file, another layout, other M, width or C, values that
+            are not finite, a context of another method (CoCoOp's, without its meta-net).
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"there is no CoOp checkpoint at {path}.")
     try:
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        # a file in the format of torch before 1.6 may hold tensors and plain values only
+        new = zipfile.is_zipfile(path)
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path) if new else []
         stand_ins = {"collections.defaultdict": _plain_dict}
         allowed = [(stand_ins.get(name, _Inert), name) for name in names]
         with torch.serialization.safe_globals(allowed):
             checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} holds objects that cannot be read without running code from the file. If you "
-            "trust it, load it yourself and write the context alone with prompts.save_coop."
-        ) from error
-    except (ValueError, RuntimeError, EOFError, KeyError) as error:
-        raise ValueError(f"{path} is no readable torch checkpoint: {error}") from error
+    except Exception as error:  # damaged bytes raise whatever they spell
+        if isinstance(error, pickle.UnpicklingError) and "operand" not in str(error):
+            raise ValueError(
+                f"{path} holds objects that cannot be read without running code from the file. If "
+                "you trust it, load it yourself and write the context alone with models.save_coop."
+            ) from error
+        why = first_line(error) or type(error).__name__
+        raise ValueError(f"{path} is no readable torch checkpoint: {why}") from error
     state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
     ctx = state.get("ctx") if isinstance(state, dict) else None
     if not isinstance(ctx, Tensor):
@@ -62,15 +70,27 @@ def load_coop(path: str | Path, M: int, d: int, n_classes: int | None = None) ->
             f"{path} is not laid out as CoOp's checkpoints are: expected state_dict['ctx'], "
             f"found {keys}."
         )
+    more = [str(key) for key in state if key not in OWN]
+    if more:
+        whose = "of CoCoOp, whose" if any(k.startswith("meta_net") for k in more) else "whose"
+        raise ValueError(
+            f"{path} is a checkpoint {whose} context means nothing without what was trained with "
+            f"it ({', '.join(more[:3])}); expected one of CoOp, with a context alone."
+        )
     expected = (M, d) if n_classes is None else (n_classes, M, d)
-    if tuple(ctx.shape) == expected:
-        return ctx.float()
-    raise ValueError(f"{path} {_coop_mismatch(tuple(ctx.shape), expected)}")
+    if tuple(ctx.shape) != expected:
+        raise ValueError(f"{path} {_coop_mismatch(tuple(ctx.shape), expected)}")
+    plain = ctx.layout == torch.strided and not ctx.is_meta and ctx.is_floating_point()
+    if not plain or not (ctx := ctx.detach().float()).isfinite().all():
+        raise ValueError(f"{path} holds a context with values that are not finite numbers.")
+    return ctx
 
 
 def _coop_mismatch(shape: tuple[int, ...], expected: tuple[int, ...]) -> str:
     """Why a context of ``shape`` does not fit, and what to do."""
     text = f"holds a context of shape {list(shape)}, expected {list(expected)}: "
+    if 0 in shape or len(shape) not in (2, 3):
+        return text + "it holds no context vectors."
     if len(shape) != len(expected):
         kind = "class-specific" if len(shape) == 3 else "shared by the classes"
         return text + f"it is {kind}; set class_specific={len(shape) == 3}."

@@ -10,6 +10,7 @@ import json
 import os
 import warnings
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -27,7 +28,8 @@ MINI_CONFIG = {
     "quick_gelu": True,
 }
 MINI_PATH = DATA / "miniclip" / "miniclip.safetensors"
-ARCHIVES_DIR = Path.home() / ".cache" / "clip"  # where OpenAI's package and open_clip look too
+# where OpenAI's package and open_clip look too; "~" stays where there is no home folder
+ARCHIVES_DIR = Path(os.path.expanduser("~/.cache/clip"))
 
 
 def build_mini(seed: int = 0, config: dict | None = None) -> nn.Module:
@@ -77,7 +79,7 @@ def load_mini(path: str | Path = MINI_PATH, device: str | torch.device | None = 
             rebuild it.
     """
     import open_clip
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     path = Path(path)
     rebuild = "restore it with `git checkout`, or rebuild it: data/miniclip/train.py, then text.py"
@@ -94,8 +96,10 @@ def load_mini(path: str | Path = MINI_PATH, device: str | torch.device | None = 
         table[ids] = rows.float()
         state = {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
         model.load_state_dict({**state, "token_embedding.weight": table}, assign=True)
-    except (SafetensorError, KeyError, IndexError, RuntimeError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is no readable MiniCLIP file ({error}); {rebuild}.") from error
+        _refuse_not_finite({**state, "token_rows": rows})
+    except Exception as error:  # damaged bytes raise whatever they spell
+        why = first_line(error) or type(error).__name__
+        raise ValueError(f"{path} is no readable MiniCLIP file ({why}); {rebuild}.") from error
     length = model.context_length  # the mask is in no state dict, and a model on ``meta`` lacks it
     model.attn_mask = torch.full((length, length), float("-inf")).triu_(1)
     model.mini_config = config
@@ -220,32 +224,49 @@ def _load_file(path: Path, device, name: str = "") -> Clip:
     """A local checkpoint of the OpenAI family, or a MiniCLIP file."""
     from open_clip.model import build_model_from_openai_state_dict
 
+    try:
+        state = _read_state(path)
+        _refuse_not_finite(state)
+    except Exception as error:  # damaged bytes raise whatever they spell
+        why = first_line(error) or type(error).__name__
+        raise ValueError(f"{path} is no readable checkpoint ({why}).") from error
+    if "token_rows" in state:
+        return load_mini(path, device)
+    for key in ("input_resolution", "context_length", "vocab_size"):
+        state.pop(key, None)
+    try:
+        model = build_model_from_openai_state_dict(dict(state), cast_dtype=None).float()
+        model.load_state_dict(state)  # again: the builder rounds float32 weights to float16
+    except Exception as error:  # the builder computes sizes from whatever shapes it finds
+        why = f"{type(error).__name__}: {first_line(error)}"
+        raise ValueError(
+            f"{path} is not a checkpoint of the OpenAI family ({why}); "
+            f"for another architecture name it, as in 'ViT-B-32@{path}'."
+        ) from error
+    return wrap(model, name or path.name, device=device)
+
+
+def _read_state(path: Path) -> dict[str, Tensor]:
+    """The state dict in a safetensors file, a TorchScript archive or a file of ``torch.save``."""
     if path.suffix == ".safetensors":
         from safetensors import safe_open
 
         with safe_open(path, framework="pt") as file:
-            if "token_rows" in file.keys():  # noqa: SIM118 (not a dict)
-                return load_mini(path, device)
-            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    elif _is_torchscript(path):
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+    if _is_torchscript(path):
         with warnings.catch_warnings():  # torch advises torch.export, but OpenAI's files are these
             warnings.simplefilter("ignore", DeprecationWarning)
             state = torch.jit.load(path, map_location="cpu").state_dict()
     else:
         state = torch.load(path, map_location="cpu", weights_only=True)
         state = state.get("state_dict", state)
-    state = {key.removeprefix("module."): value for key, value in state.items()}
-    for key in ("input_resolution", "context_length", "vocab_size"):
-        state.pop(key, None)
-    try:
-        model = build_model_from_openai_state_dict(dict(state), cast_dtype=None).float()
-        model.load_state_dict(state)  # again: the builder rounds float32 weights to float16
-    except (KeyError, RuntimeError, AssertionError) as error:
-        raise ValueError(
-            f"{path} is not a checkpoint of the OpenAI family ({type(error).__name__}: {error}); "
-            f"for another architecture name it, as in 'ViT-B-32@{path}'."
-        ) from error
-    return wrap(model, name or path.name, device=device)
+    return {key.removeprefix("module."): value for key, value in state.items()}
+
+
+def _refuse_not_finite(state: Mapping[str, Tensor]) -> None:
+    for key, value in state.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise ValueError(f"{key} has values that are not finite")
 
 
 def _is_torchscript(path: Path) -> bool:

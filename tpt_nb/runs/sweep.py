@@ -21,7 +21,7 @@ from pathlib import Path
 
 from tpt_nb import datasets, metrics, models
 from tpt_nb.core.command_line import setting
-from tpt_nb.core.files import write_whole
+from tpt_nb.core.files import read_text, write_whole
 from tpt_nb.core.messages import unknown
 from tpt_nb.runs.config import RunConfig
 from tpt_nb.runs.pool import Spread, default_jobs, run_many, start_server
@@ -93,12 +93,15 @@ def read_yaml(path: Path, keys: Sequence[str]) -> dict:
     """A file of rows; ``ValueError`` if it is no mapping of these keys with a list of rows."""
     import yaml
 
+    text = read_text(path)
     try:
-        grid = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+        grid = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a day that is none
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(grid, dict) or not isinstance(grid.get("rows"), list) or not grid["rows"]:
         raise ValueError(f"{path}: expected a mapping with a list of rows")
+    if not isinstance(grid.get("common", {}), dict):
+        raise ValueError(f"{path}: common is {grid['common']!r}; expected a mapping of options")
     for key in grid:
         if key not in keys:
             raise ValueError(f"{path}: {unknown('key', key, keys)}")

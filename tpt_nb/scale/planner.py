@@ -6,12 +6,12 @@ image (:func:`hours`), nothing is simulated. The seconds are those of ``ci/bench
 measured is derived from counted operations at an assumed rate, and the plan says which.
 """
 
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from tpt_nb import datasets
+from tpt_nb.core.files import read_json
 from tpt_nb.core.messages import unknown
 from tpt_nb.core.paths import DATA, cache_dir
 from tpt_nb.methods import get
@@ -64,14 +64,20 @@ def read_costs(path: str | Path = "") -> list[dict]:
     """Results of ``ci/bench/tpt.py --json``: a list of them, or one. ``ValueError`` otherwise."""
     path = Path(path or DATA / "costs.json")
     try:
-        found = json.loads(path.read_text())
-        found = found.get("measured", [found])
-        for entry in found:
-            for key in ("model", "device", "classes", "views", "floor_s", "views_s", "fast_s"):
-                entry[key]
-            entry["tflop"]["floor"], entry["tflop"]["fast"]
+        found = read_json(path)
     except OSError as error:
         raise ValueError(f"no measured costs: {path} ({error.strerror}).") from error
+    try:
+        found = found.get("measured", [found])
+        for entry in found:
+            keys = ("classes", "views", "floor_s", "views_s", "fast_s")
+            numbers = {key: float(entry[key]) for key in keys}
+            numbers |= {key: float(entry["tflop"][key]) for key in ("floor", "fast")}
+            for key, value in numbers.items():
+                if not 0 <= value < float("inf") or (key in ("classes", "views") and value < 1):
+                    raise ValueError(f"{key} is {value:g}")
+            if not isinstance(entry["model"], str) or not isinstance(entry["device"], str):
+                raise TypeError("model and device are names")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path} is no result of `ci/bench/tpt.py --json` ({type(error).__name__}: {error})."

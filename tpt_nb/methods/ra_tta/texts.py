@@ -1,6 +1,5 @@
 """Descriptions of the classes and their features."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tpt_nb.core.files import read_json
 from tpt_nb.core.paths import DATA
 from tpt_nb.methods.caption_prompts import plain_name, quiet_tokens, with_article
 from tpt_nb.models import Clip, template_sentences
@@ -40,11 +40,11 @@ def read_descriptions(path: str | Path, classnames: Sequence[str]) -> list[list[
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"there is no file of descriptions at {path}.")
-    try:
-        raw = json.loads(path.read_text("utf-8"))
-        by_name = {_spelt(name): [str(s).strip() for s in some] for name, some in raw.items()}
-    except (ValueError, AttributeError, TypeError) as error:
-        raise ValueError(f"{path} is not {{class: [sentences]}} in JSON ({error}).") from None
+    raw = read_json(path)
+    lists = raw.values() if isinstance(raw, dict) else [raw]
+    if not all(isinstance(some, list) and all(isinstance(s, str) for s in some) for some in lists):
+        raise ValueError(f"{path} is not {{class: [sentences]}} in JSON.")
+    by_name = {_spelt(name): [s.strip() for s in some] for name, some in raw.items()}
     missing = [name for name in classnames if not by_name.get(_spelt(name))]
     if missing:
         raise ValueError(
