@@ -152,6 +152,14 @@ def test_grids_that_are_none(tmp_path, text):
         sweep.read_grid(tmp_path / "x.yaml", {})
 
 
+def test_an_image_beside_the_class_folders_of_a_split(place):
+    entries = [[f"{name}/0.png", i, name] for i, name in enumerate(CLASSES)]
+    split = {"train": [], "val": [], "test": [*entries, ["0.png", 0, CLASSES[0]]]}
+    (place / "split_zhou_EuroSAT.json").write_text(json.dumps(split))
+    with pytest.raises(ValueError, match=r"contradicts itself 1 times:\n.*in no class folder"):
+        split_of(place / "split_zhou_EuroSAT.json")
+
+
 def test_damaged_lists_of_an_official_split_name_their_folder(tmp_path):
     cub = tmp_path / "CUB_200_2011"
     cub.mkdir()

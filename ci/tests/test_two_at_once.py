@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import filelock
@@ -16,7 +17,7 @@ from test_runs import SERVER, child, records_of, undisturbed, world  # noqa: F40
 from tpt_nb.__main__ import main
 from tpt_nb.core import messages
 from tpt_nb.core.files import only_writer
-from tpt_nb.runs import RunConfig, load_run, resolve
+from tpt_nb.runs import RunConfig, engine, load_run, resolve
 from tpt_nb.runs.config import name_of
 
 REPO = Path(__file__).resolve().parents[2]
@@ -25,9 +26,18 @@ REPO = Path(__file__).resolve().parents[2]
 # --- two at once ---------------------------------------------------------------------------------
 
 
+def at_once(config: RunConfig, barrier) -> None:
+    """A run that meets the other one before it takes the folder, and takes its time then."""
+    take, to_records = engine.only_writer, engine.to_records
+    engine.only_writer = lambda folder: (barrier.wait(60), take(folder))[1]
+    engine.to_records = lambda *values: (time.sleep(0.05), to_records(*values))[1]
+    child(config, None)
+
+
 def test_the_same_run_started_twice_at_once(world, undisturbed, tmp_path, capsys):  # noqa: F811
     config = RunConfig.from_dict(world | {"out": str(tmp_path), "cache": str(tmp_path / "cache")})
-    both = [SERVER.Process(target=child, args=(config, None)) for _ in range(2)]
+    barrier = SERVER.Barrier(2)
+    both = [SERVER.Process(target=at_once, args=(config, barrier)) for _ in range(2)]
     for process in both:
         process.start()
     for process in both:

@@ -57,7 +57,10 @@ def _consistent(path: Path, entries: list[Entry], classes: int) -> list[str]:
             folders.setdefault(image.rsplit("/", 1)[0], label)
     if len(folders) >= classes:  # class folders: they must say the same as the labels
         for image, label, name in entries:
-            folder = image.rsplit("/", 1)[0]
+            folder, found, _ = image.rpartition("/")
+            if not found:
+                bad.append(f"{image} has label {label} ({name!r}), but is in no class folder")
+                continue
             spelt = labels.get(spelling(folder.rsplit("/", 1)[-1]), {label})
             if folders[folder] != label or label not in spelt:
                 bad.append(f"{image} has label {label} ({name!r}), its folder says another class")
