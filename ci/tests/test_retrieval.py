@@ -416,9 +416,12 @@ def test_older_and_damaged_databases(tmp_path):
         vectors.write_bytes(damaged)
         with pytest.raises(ValueError, match="is damaged"):
             ra_tta.read_database(tmp_path)
-    (tmp_path / "about.json").write_text("{")
-    with pytest.raises(ValueError, match="is damaged"):
-        ra_tta.read_database(tmp_path)
+    vectors.unlink()
+    ra_tta.write_database(tmp_path, unit(2, 4).numpy(), ["a", "b"], {"groups": {"x": (0, 1)}})
+    for damaged in ("{", "[]", "{}", '{"groups": 3}', '{"groups": {"x": 3}}'):
+        (tmp_path / "about.json").write_text(damaged)
+        with pytest.raises(ValueError, match="is damaged"):
+            ra_tta.read_database(tmp_path)
 
 
 def test_a_killed_build_goes_on(mini, tmp_path):

@@ -110,11 +110,12 @@ def read_database(path: str | Path) -> Database:
             items = (path / "items.txt").read_text("utf-8").split("\n")[:-1]
         if len(items) != len(features):
             raise ValueError(f"{len(items)} names for {len(features)} vectors")
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        groups = {k: tuple(span) for k, span in about["groups"].items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
         raise ValueError(
             f"the database {path} is damaged ({first_line(error)}): delete it and make it again."
         ) from error
-    return Database(features, items, {k: tuple(span) for k, span in about["groups"].items()})
+    return Database(features, items, groups)
 
 
 class _ArraysOnly(pickle.Unpickler):
