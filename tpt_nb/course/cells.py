@@ -16,6 +16,7 @@ DEFINITIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 def python(source: str) -> str:
     """The Python that Jupyter runs for a cell: ``x?``, ``%magic``, ``!shell`` become calls."""
+    source = source.replace("\r\n", "\n").replace("\r", "\n")  # as an editor on Windows writes it
     head, _, body = source.lstrip().partition("\n")
     if head.startswith(BODY):
         return python(body)
