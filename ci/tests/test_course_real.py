@@ -23,7 +23,7 @@ MISTAKES = {
     "02.4": ("grad / (grad.abs() + eps)", "grad.sign()"),  # only where gradients are large
     "02.5": ("prompts.ctx.clone()", "prompts.ctx"),  # no reset
     "02.6": ("log_probs - log_mean", "log_mean - log_probs"),
-    "02.7": ("views[mask]", "views"),  # of all views
+    "02.7": ("f[mask]", "f"),  # of all views
     "03.1": ("[j * w, i * h, (j + 1) * w,", "[i * w, j * h, (i + 1) * w,"),  # by columns
     "03.2": ("along_one_axis**2", "along_one_axis"),
     "03.3": ("(patches + 1) * (n_aug + 1)", "patches * (n_aug + 1)"),  # the image is a group, too

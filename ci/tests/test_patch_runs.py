@@ -1,6 +1,5 @@
 """Runs with patches: the loss learns how the views lie, and mistakes are named before any work."""
 
-import dataclasses
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,7 @@ PATCHES = {"augmenter": "PatchAugmenter", "n_aug": 2, "n_patches": 4, "reduced_s
 
 
 def one_run(config, **changes) -> runs.Run:  # noqa: F811
-    return run(dataclasses.replace(config, **changes), progress=False)
+    return run(config.replace(**changes), progress=False)
 
 
 @pytest.mark.parametrize(

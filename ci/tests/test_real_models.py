@@ -26,7 +26,7 @@ from tpt_nb.losses import marginal_entropy, select_confident
 from tpt_nb.models import Prompts, load_coop
 from tpt_nb.models import loading as load_module
 from tpt_nb.runs import RunConfig
-from tpt_nb.runs import config as config_module
+from tpt_nb.runs import profile as profile_module
 from tpt_nb.runs import records as records_module
 
 TEXTS = ["a photo of a cat.", "a tiny photo of a hot air balloon, plain background.", "dog", ""]
@@ -159,7 +159,7 @@ def test_the_other_architectures_agree_too(openai, tmp_path, name):
 
 def test_an_archive_in_openais_cache_is_taken(archive, monkeypatch):
     monkeypatch.setattr(load_module, "ARCHIVES_DIR", archive[0].parent)
-    assert runs.weights_here("RN50") and not models.weights_file("ViT-B/32")
+    assert profile_module.weights_here("RN50") and not models.weights_file("ViT-B/32")
     assert models.weights_file("RN50") == archive[0]
     assert load_module.archive_source("ViT-L/14@336px")[0] == "ViT-L-14-336px.pt"
     assert len(load_module.archive_source("RN50")[2]) == 64
@@ -220,7 +220,7 @@ def test_evaluate_imagenet_a_with_full_size_rn50(
     assert "20 images of 20 classes are here; the whole set has 7,500 images of 200" in out
     (folder,) = (tmp_path / "runs").iterdir()
     config = json.loads((folder / "config.json").read_text())
-    assert len(config["classnames"]) == 200 and config["config"]["learning_rate"] == 0.005
+    assert len(config["classnames"]) == 200 and config["config"]["options"]["lr"] == 0.005
     records = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
     assert {r["target"] for r in records} <= set(range(0, 200, 10)) and len(records) == n
     assert all(0 <= r["pred_after"] < 200 and math.isfinite(r["loss"]) for r in records)
@@ -250,7 +250,7 @@ def test_full_says_in_one_message_what_is_missing_and_from_where(tmp_path, monke
     monkeypatch.setattr(load_module, "ARCHIVES_DIR", tmp_path / "none")
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "none"))
     monkeypatch.setenv("TPT_NB_DATASETS", str(tmp_path / "none"))
-    monkeypatch.setattr(config_module, "weights_here", lambda model: False)
+    monkeypatch.setattr(profile_module, "weights_here", lambda model: False)
     with pytest.raises(ValueError) as error:
         runs.resolve(RunConfig(profile="full", device="cpu"))
     text = str(error.value)
@@ -274,7 +274,7 @@ def test_auto_brings_what_it_needs_where_it_may(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setenv("TPT_NB_DATASETS", str(tmp_path / "data"))
     there = []
-    monkeypatch.setattr(config_module, "weights_here", lambda model: bool(there))
+    monkeypatch.setattr(profile_module, "weights_here", lambda model: bool(there))
     monkeypatch.setattr(models, "fetch_weights", lambda model: there.append(model))
     monkeypatch.setattr(datasets, "download", get)
     assert runs.choose_profile(RunConfig())[0] == "mini" and not asked and not there
@@ -297,7 +297,7 @@ def test_auto_brings_what_it_needs_where_it_may(tmp_path, monkeypatch):
     "n, hits, says", [(200, 1, True), (200, 4, True), (200, 12, False), (199, 1, False)]
 )
 def test_accuracy_near_chance_asks_for_the_label_map(capsys, n, hits, says):
-    records_module._hint_at_chance({"n": n, "accuracy_before": hits / n}, 200)
+    records_module.hint_at_chance({"n": n, "accuracy_before": hits / n}, 200)
     out = capsys.readouterr().out
     assert ("Check the label map" in out) == says
     assert not says or f"right on {hits} of {n} images" in out

@@ -95,8 +95,7 @@ def encode_part(job: dict, positions: Sequence[int]) -> int:
 def adapt(job: dict) -> str:
     """Stage 2: an ordinary run on the features that are there. Returns what it printed."""
     config, said = _enter(job), io.StringIO()
-    cores = getattr(os, "process_cpu_count", os.cpu_count)()  # of Python 3.13: those it may use
-    torch.set_num_threads(job["threads"] or cores or 1)
+    torch.set_num_threads(job["threads"])  # those of the driver: the last bits hang on them
     near = dataclasses.replace(config, out=str(_here(config.out)), cache=str(_here(config.cache)))
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         if job["key"]:
@@ -287,7 +286,7 @@ def _jobs(ray, configs: Sequence[runs.RunConfig], local: bool, stack) -> list[di
     common = {"version": __version__, "cwd": os.getcwd(), "marks": sorted(marks)}
     common["env"] = {name: os.environ[name] for name in PASSED if name in os.environ}
     # a single run may use all cores in its stage 2, as it does without a cluster
-    common["threads"] = int(os.environ.get("OMP_NUM_THREADS") or 0) if len(configs) == 1 else 1
+    common["threads"] = torch.get_num_threads() if len(configs) == 1 else 1
     return [common | {"values": values} for values in jobs]
 
 
