@@ -33,8 +33,8 @@ def resolve(config: RunConfig) -> tuple[RunConfig, str]:
     if config.profile == "full":
         bring(changed["dataset"], changed["model"], config.root)
     changed["device"] = _device(config.device)
-    augmenter = {"AugmenterTPT": "random", "PatchAugmenter": "patch"}
-    changed["augmenter"] = augmenter.get(config.augmenter, config.augmenter)
+    study = RunConfig.__dataclass_fields__["augmenter"].metadata["aliases"]
+    changed["augmenter"] = study.get(config.augmenter, config.augmenter)
     method = methods.get(config.method)
     if method.views == "first":  # the other views are not looked at
         usual = RunConfig()
