@@ -197,3 +197,16 @@ def test_two_scales_keeps_the_sides_apart():
     assert here.get_ylim() == there.get_ylim() == (2.5, -0.5)
     with pytest.raises(ValueError, match="right has 2 values for 3 groups"):
         figures.two_scales(["a", "b", "c"], left, right[:2], "here", "there")
+
+
+def test_dumbbells_join_what_has_two_ends():
+    rows = {"both": (61.0, 59.5), "only now": (None, 60.0), "only then": (62.0, None)}
+    fig = figures.dumbbells(rows, ("then", "now"), "accuracy (%)")
+    (axis,) = fig.axes
+    (joined,) = [line for line in axis.lines if line.get_linestyle() == "-"]
+    assert list(joined.get_xdata()) == [61.0, 59.5] and list(joined.get_ydata()) == [0, 0]
+    dots = {line.get_label(): line.get_xydata().tolist() for line in axis.lines}
+    assert dots["then"] == [[61.0, 0], [62.0, 2]] and dots["now"] == [[59.5, 0], [60.0, 1]]
+    assert [text.get_text() for text in axis.texts] == ["-1.5"]
+    assert [t.get_text() for t in axis.get_yticklabels()] == list(rows)
+    assert axis.get_ylim() == (2.5, -0.5)  # the first at the top

@@ -32,3 +32,66 @@ def test_all_patch_rows_with_the_loss_of_tpt_and_all_patch_losses_are_there():
         if entry.get("augmenter") == "patch" and "hard1" not in entry["loss"]
     }
     assert {row["label"] for row in ROWS} == wanted
+
+
+# --- other papers' tables ------------------------------------------------------------------------
+
+SHIFTS = ("A", "V2", "R", "Sketch")
+TEN = ("Flowers", "DTD", "Pets", "Cars", "UCF", "Caltech", "Food", "SUN", "Aircraft", "EuroSAT")
+MARKS = ("code", "pt", "note", "bench", "2nd")
+SETTINGS = ("one", "per data set", "on test labels", "unknown")
+FILES = {  # file -> the columns of one data set, their mean
+    "natural_shifts.csv": (SHIFTS, "OOD"),
+    "ttabc_b16.csv": (SHIFTS, "OOD"),
+    "cross_dataset_b16.csv": (TEN, "mean"),
+}
+
+
+def read(name: str) -> list[dict]:
+    with open(DATA / "reported" / name, newline="") as lines:
+        return list(csv.DictReader(lines, strict=True))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_number_of_others_says_where_it_is_from_and_how_it_was_set(name):
+    (sets, mean), seen = FILES[name], set()
+    for row in read(name):
+        assert None not in row and None not in row.values()  # as many cells as columns
+        key = (row.get("backbone", "ViT-B/16"), row["method"])
+        assert key not in seen, f"{key} is there twice"
+        seen.add(key)
+        assert row["kind"] in ("episodic", "online", "transductive")
+        assert row["mark"] in MARKS and row["settings"] in SETTINGS and row["source"], key
+        values = [float(row[s]) for s in sets if row[s]]
+        assert all(0 < v < 100 for v in values)
+        if len(values) == len(sets):  # printed means are rounded once more
+            assert float(row[mean]) == pytest.approx(sum(values) / len(sets), abs=0.0051), key
+        else:
+            assert row[mean] or row.get("cross"), f"{key} says nothing"
+        assert "unverified" not in " ".join(row.values()) and "memory," not in row["caveat"]
+
+
+def test_every_mark_and_setting_is_explained():
+    text = (DATA / "reported" / "README.md").read_text()
+    for word in (*MARKS, *SETTINGS):
+        assert f"\n| `{word}` | " in text
+    for name in (DATA / "reported").glob("*.csv"):
+        assert f"| `{name.name}` | " in text
+
+
+def test_the_equal_protocol_has_one_setting_and_most_papers_lie_above_it():
+    equal = {r["method"]: float(r["OOD"]) for r in read("ttabc_b16.csv") if r["OOD"]}
+    assert {r["settings"] for r in read("ttabc_b16.csv")} == {"one"}
+    own = {r["method"]: float(r["OOD"]) for r in read("natural_shifts.csv")
+           if r["backbone"] == "ViT-B/16"}  # fmt: skip
+    both = {m: own[m] - equal[m] for m in own if m in equal}
+    assert set(both) == {"zero-shot", "TPT", "MTA", "ZERO", "DPE"}
+    assert abs(both.pop("zero-shot")) < 0.05
+    assert all(0.8 < over < 2.3 for over in both.values()), both
+
+
+def test_settings_on_test_labels_are_flagged():
+    rows = [r for r in read("natural_shifts.csv") if r["settings"] == "on test labels"]
+    assert {r["method"] for r in rows} == {"DMN-ZS"}
+    (mta,) = [r for r in read("natural_shifts.csv") if r["method"] == "MTA"]
+    assert mta["OOD"] == "61.63" and not any(mta[s] for s in SHIFTS)  # per set nobody printed it

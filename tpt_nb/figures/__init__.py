@@ -8,6 +8,7 @@ never stand alone: markers, line styles, hatching or words say the same.
 """
 
 from tpt_nb.figures.bars import (
+    dumbbells,
     grouped_bars,
     intervals,
     price,
@@ -40,7 +41,7 @@ from tpt_nb.figures.style import COLOURS, WIDTH, bundle, setup, show, to_png
 # fmt: off
 __all__ = [
     "COLOURS", "WIDTH", "bands", "boxed", "bundle", "calibration", "curves", "distributions",
-    "grouped_bars", "image_grid", "intervals", "labelled_boxes", "lines", "matrices",
+    "dumbbells", "grouped_bars", "image_grid", "intervals", "labelled_boxes", "lines", "matrices",
     "patch_sheet", "prediction", "price", "ranked", "responses", "scatter", "setup", "show",
     "stacked", "to_png", "two_scales", "unit_vectors", "waterfall", "wins",
 ]

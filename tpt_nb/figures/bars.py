@@ -203,6 +203,34 @@ def _name_points(axis: Axes, points: dict[str, tuple[float, float]]) -> None:
         taken.append(box)
 
 
+def dumbbells(
+    rows: dict[str, tuple[float | None, float | None]],
+    ends: tuple[str, str],
+    label: str,
+    title: str = "",
+) -> Figure:
+    """Two values of each row on one line, joined, with their difference; one alone stays a dot.
+
+    Args:
+        rows: name -> (first, second); None where there is no such value.
+        ends: what first and second are.
+    """
+    fig, axis = plt.subplots(figsize=(WIDTH, 0.9 + 0.27 * len(rows)))
+    for y, (first, second) in enumerate(rows.values()):
+        if first is not None and second is not None:
+            axis.plot([first, second], [y, y], color=GREY, linestyle="-", linewidth=1.5, zorder=0)
+            at, way = (max(first, second), y), f"{second - first:+.1f}"
+            parts.note(axis, way, at, (8, -3), fontsize=8)
+    for i, name in enumerate(ends):
+        here = [(pair[i], y) for y, pair in enumerate(rows.values()) if pair[i] is not None]
+        axis.plot(*zip(*here, strict=True), **{**parts.look(i), "linestyle": ""}, label=name)
+    axis.margins(x=0.08)
+    axis.set_ylim(len(rows) - 0.5, -0.5)
+    parts.name_rows(axis, list(rows))
+    parts.name_axes(axis, label, "", grid="x")
+    return parts.finish(fig, title)
+
+
 def stacked(labels: Names, shares: dict[str, Values], label: str, title: str = "") -> Figure:
     """Horizontal bars cut into parts, one bar per label, with the total behind each.
 
