@@ -1,13 +1,13 @@
 # Sourced by ci/run and ci/test: goes to the top of the repository, makes .venv once, and sets what
-# headless runs need. Afterwards $PYTHON is the interpreter. To use an environment of your own instead:
+# headless runs need. What more than requirements.txt is to be installed says $LISTS. Afterwards $PYTHON is
+# the interpreter and $CORES the number of cores. To use an environment of your own instead:
 # TPT_NB_PYTHON=/path/to/python bash ci/test
 
 unset CDPATH # it would send cd to another folder
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." >/dev/null
 
-setup() {
-  local lists="requirements.txt ci/requirements-test.txt ci/constraints.txt"
-  local stamp=.venv/installed want quiet=-qq
+setup() { # setup LIST...: make .venv where there is none, install the lists that are not there yet
+  local list want quiet=-qq
   if ! .venv/bin/python -c pass 2>/dev/null; then
     if ! python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
       echo "python3 is $(python3 -V 2>&1 || true), but Python 3.11 or later is needed." >&2
@@ -16,19 +16,53 @@ setup() {
     rm -rf .venv
     python3 -m venv .venv || { rm -rf .venv; return 1; } # a half-made one would be taken for whole
   fi
-  want="$PWD $(.venv/bin/python -V) $(cat $lists | cksum)"
-  [ "$(cat "$stamp" 2>/dev/null)" != "$want" ] || return 0
-  echo "Installing into .venv: once, some minutes, about 5 GB with torch ..."
   [ -t 1 ] && quiet=
-  # not compiled: Python does it for what is imported, and most of these files never are
-  if ! { .venv/bin/python -m pip install $quiet --no-compile \
-           -r requirements.txt -r ci/requirements-test.txt -c ci/constraints.txt &&
-         .venv/bin/python -m pip install $quiet --no-deps -e .; }; then
-    echo "The installation failed (see above). With a network, run the same command again: it goes on." >&2
-    return 1
+  for list in "$@"; do
+    local stamp=.venv/installed-${list//\//-}
+    want="$PWD $(.venv/bin/python -V) $(cat "$list" ci/constraints.txt | cksum)"
+    [ "$(cat "$stamp" 2>/dev/null)" != "$want" ] || continue
+    echo "Installing $list into .venv: once, some minutes ..."
+    small_torch
+    if ! { install -r "$list" -c ci/constraints.txt && install --no-deps -e .; }; then
+      echo "The installation failed (see above). With a network, run the same command again: it goes on." >&2
+      return 1
+    fi
+    echo "$want" >"$stamp"
+    echo "Installed ($SECONDS s)."
+  done
+}
+
+# install ARG...: as pip install, with uv where there is one or where it comes in seconds: that takes
+# half the time. Where uv does not get what it looks for (it does not read pip's settings), pip does it.
+install() {
+  local index
+  if [ -z "${UV:-}" ]; then
+    UV=$(command -v uv || true)
+    [ -n "$UV" ] || ! .venv/bin/python -m pip install -qq --retries 0 --timeout 15 uv >/dev/null 2>&1 ||
+      UV=.venv/bin/uv
+    UV=${UV:-none}
+    index=${PIP_INDEX_URL:-$(.venv/bin/python -m pip config get global.index-url 2>/dev/null || true)}
+    [ -z "$index" ] || export UV_DEFAULT_INDEX=${UV_DEFAULT_INDEX:-$index}
   fi
-  echo "$want" >"$stamp"
-  echo "Installed ($SECONDS s)."
+  [ "$UV" = none ] || ! "$UV" pip install --python .venv/bin/python $quiet "$@" 2>/dev/null || return 0
+  # not compiled: Python does it for what is imported, and most of these files never are
+  .venv/bin/python -m pip install $quiet --no-compile "$@"
+}
+
+# Without a GPU the torch that comes without CUDA will do: 0.7 GB on the disk in place of 4.5. It lies
+# on torch's own index; where that cannot be reached or has no such version, nothing is said, and the
+# list below installs the usual one.
+small_torch() {
+  local pair
+  case "$(uname -s)/$(uname -m)" in Linux/x86_64) ;; *) return 0 ;; esac # elsewhere there is no other
+  [ ! -e /dev/nvidiactl ] || return 0
+  ! .venv/bin/python -m pip show -q torch 2>/dev/null || return 0
+  pair=$(sed -n 's/^\(torch\(vision\)\{0,1\}==[0-9.]*\)$/\1+cpu/p' ci/constraints.txt)
+  .venv/bin/python -m pip install -qq --no-compile --retries 0 --timeout 15 $pair \
+    --extra-index-url "${TPT_NB_TORCH_INDEX:-https://download.pytorch.org/whl/cpu}" \
+    -c ci/constraints.txt >/dev/null 2>&1 || return 0
+  .venv/bin/python -c "import torchvision" 2>/dev/null ||
+    .venv/bin/python -m pip uninstall -qq -y torch torchvision
 }
 
 # limit SECONDS COMMAND...: end a command that hangs (exit code 124), where the system can
@@ -41,9 +75,14 @@ if [ -n "${TPT_NB_PYTHON:-}" ]; then
   PYTHON=$TPT_NB_PYTHON
   export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} # for the kernels: tpt_nb need not be installed
 else
-  setup || exit 1
+  setup requirements.txt ${LISTS:-} || exit 1
   PYTHON=$PWD/.venv/bin/python
 fi
+
+# One thread per process, and as many processes as there are cores: the last bits of a result hang on
+# the number of threads, and must not hang on the machine.
+CORES=$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
+! command -v nproc >/dev/null || CORES=$(env -u OMP_NUM_THREADS nproc) # knows which of them are ours
 
 unset MPLBACKEND                  # that of a calling notebook would reach the kernels
 export TQDM_DISABLE=1             # progress bars fill logs and stored outputs

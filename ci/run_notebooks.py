@@ -1,49 +1,41 @@
-"""Execute the notebooks in order with papermill and collect what they computed.
+"""Execute the notebooks with papermill, several beside each other, and collect what they computed.
 
-Each notebook runs in a process of its own, with a log and a time limit. It has passed only if
-papermill says so *and* every code cell was executed: to papermill a notebook that stopped early in
-``sys.exit`` is fine. Usually started by ``bash ci/run``.
+Each notebook runs in a process of its own, with a log, on one thread: as many at a time as there
+are cores. (A second thread gains this small model little, and with another number of threads the
+last bits of a result would hang on how many notebooks ran.) It has passed only if papermill says so
+*and* every code cell was executed: to papermill a notebook that stopped early in ``sys.exit`` is
+fine. A notebook is ended when it has made no progress for a while, however long it takes in all.
+Usually started by ``bash ci/run``.
 """
 
 import argparse
 import difflib
-import html
-import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import nbformat
 import psutil
 from notebook_format import is_added, normalise
+from run_report import (
+    Result,
+    collect,
+    earlier,
+    print_tables,
+    sentence,
+    to_html,
+    write_index,
+)
 
 REPO = Path(__file__).resolve().parent.parent
-SECONDS = {"mini": 900, "full": 6 * 3600}  # time limit of a notebook
-RESULTS = "results.json"
-# nbconvert's lab template leaves out the alt text that is in the metadata of the output
-PAGE = """{%- extends "lab/index.html.j2" -%}
-{%- block data_png -%}
-{%- set alt = (output | get_metadata("alt", "image/png")) or "" -%}
-{{ super() | replace("<img ", '<img alt="' ~ (alt | escape_html) ~ '" ', 1) }}
-{%- endblock data_png -%}
-"""
-NOTE = "Measured in the mini profile: MiniCLIP on IconShift, not CLIP on ImageNet."
-
-
-@dataclass
-class Result:
-    """How one notebook went; ``cell`` and ``error`` are empty if it passed."""
-
-    name: str
-    passed: bool
-    seconds: float
-    cell: str = ""
-    error: str = ""
+PATIENCE = {"mini": 600, "full": 3600}  # seconds without progress
+EVERY = 15  # seconds between two lines that say where it stands
 
 
 class Mistake(Exception):
@@ -57,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         notebooks = find(args.notebooks, args.only)
         given = {name: value for name, value in args.param}
-        params = {path: choose_parameters(path, args, out, given) for path in notebooks}
+        todo = [Notebook(path, choose_parameters(path, args, out, given)) for path in notebooks]
     except Mistake as mistake:
         print(f"ci/run: {mistake}", file=sys.stderr)
         return 2
@@ -65,26 +57,24 @@ def main(argv: list[str] | None = None) -> int:
         print(f"ci/run: there are no notebooks in {args.notebooks} yet; nothing to run.")
         return 0
     (out / "logs").mkdir(parents=True, exist_ok=True)
-    limit = args.timeout or SECONDS[args.profile or "mini"]
-    results, started = [], {}
-    for path in notebooks:
-        print(f"{path.name} ...", flush=True)
-        started[path.stem] = time.time()
-        result = execute(path, out, params[path], limit)
+    began, old = time.perf_counter(), earlier(out)
+    show = Progress(todo, out, old, jobs_of(args))
+    results = []
+    for notebook, result in execute(todo, out, args, show):
         results.append(result)
-        print("  " + sentence(result), flush=True)
-        if (out / path.name).is_file():
-            to_html(out / path.name)
+        if (out / notebook.path.name).is_file():
+            to_html(out / notebook.path.name)
         if args.in_place and result.passed:
-            write_back(out / path.name, path, out)
-    report = collect(out, results, started)
-    write_index(out, report)
+            write_back(out / notebook.path.name, notebook.path, out, result.seconds)
+        show.finished(result)
+    report = collect(out, results, old)
+    write_index(out, report, {})
     print_tables(report, results, out)
     failed = [result for result in results if not result.passed]
-    for result in failed:
+    for result in sorted(failed, key=lambda result: result.name):
         print(f"FAILED: {result.name}, {result.cell}: {result.error} (logs/{result.name}.log)")
-    seconds = sum(result.seconds for result in results)
-    print(f"ci/run: {len(results) - len(failed)} passed, {len(failed)} failed, {seconds:.0f} s")
+    passed, seconds = len(results) - len(failed), time.perf_counter() - began
+    print(f"ci/run: {passed} passed, {len(failed)} failed, {seconds:.0f} s")
     return 1 if failed else 0
 
 
@@ -92,7 +82,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     """The options of ``bash ci/run``."""
     parser = argparse.ArgumentParser(
         prog="bash ci/run",
-        description="Execute the notebooks in order; results, pages and logs go to out/.",
+        description="Execute the notebooks; results, pages and logs go to out/.",
         allow_abbrev=False,
     )
     add = parser.add_argument
@@ -109,9 +99,27 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         help="another value for a parameter of the notebooks that run; repeatable",
     )
     add("--in-place", action="store_true", help="write executed notebooks back, to be committed")
-    add("--timeout", type=int, metavar="S", help="seconds per notebook (mini 900, full 21600)")
+    add("--jobs", type=int, metavar="N", help="notebooks at a time (one per core; full: 1)")
+    add("--timeout", type=int, metavar="S", help="end what makes no progress for S seconds (600)")
     add("--notebooks", type=Path, default=REPO / "notebooks", metavar="DIR", help="another folder")
     return parser.parse_args(argv)
+
+
+def jobs_of(args: argparse.Namespace) -> int:
+    """Notebooks at a time: one per core, as far as memory goes; a GPU is not shared."""
+    if args.jobs:
+        return max(1, args.jobs)
+    if args.profile == "full" or os.path.exists("/dev/nvidiactl"):
+        return 1
+    return max(1, min(cores(), int(psutil.virtual_memory().available / 2**30 // 3)))
+
+
+def cores() -> int:
+    """That this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on every system
+        return os.cpu_count() or 1
 
 
 def find(folder: Path, only: list[str]) -> list[Path]:
@@ -155,39 +163,128 @@ def choose_parameters(
     return params | wanted
 
 
-# --- one notebook --------------------------------------------------------------------------------
+# --- executing -----------------------------------------------------------------------------------
 
 
-def execute(path: Path, out: Path, params: dict[str, str], limit: float) -> Result:
-    """Run a notebook in a process of its own; the executed one is ``out/<name>``."""
+@dataclass
+class Notebook:
+    """A notebook to execute; ``seconds`` is what it took when it was last executed here."""
+
+    path: Path
+    params: dict[str, str]
+    seconds: float = 60.0
+    alone: bool = False  # it measures time
+    cells: int = 0
+
+    def __post_init__(self) -> None:
+        notebook = nbformat.read(self.path, as_version=4)
+        about = notebook.metadata.get("tpt_nb", {})
+        self.seconds, self.alone = about.get("seconds", 60.0), about.get("alone", False)
+        self.cells = len(notebook.cells)
+
+
+@dataclass
+class Running:
+    """A notebook that is being executed."""
+
+    notebook: Notebook
+    process: subprocess.Popen
+    target: Path
+    log: Path
+    began: float = field(default_factory=time.perf_counter)
+    seen: object = None  # what its progress is told from, and since when that is so
+    since: float = 0.0
+
+    def cell(self) -> int:
+        """The one it is in, from 1, after papermill's log."""
+        found = re.findall(rb"Executing Cell (\d+)-", self.log.read_bytes())
+        return min(int(found[-1]), self.notebook.cells) if found else 0  # papermill may add one
+
+
+def execute(
+    todo: list[Notebook], out: Path, args: argparse.Namespace, show: "Progress"
+) -> Iterable[tuple[Notebook, Result]]:
+    """Run the notebooks, several at a time; yield each with its result when it has ended.
+
+    The first one comes first, so that there is soon something to look at; then the longest.
+    """
+    patience = args.timeout or PATIENCE[args.profile or "mini"]
+    waiting = [*todo[:1], *sorted(todo[1:], key=lambda notebook: -notebook.seconds)]
+    if args.in_place:  # seconds that are committed are measured undisturbed
+        waiting.sort(key=lambda notebook: notebook.alone)
+    running: list[Running] = []
+    try:
+        while waiting or running:
+            while waiting and len(running) < show.jobs:
+                apart = args.in_place and (
+                    waiting[0].alone or any(job.notebook.alone for job in running)
+                )
+                if apart and running:
+                    break
+                running.append(start(waiting.pop(0), out, show.jobs))
+            time.sleep(0.2)
+            for job in list(running):
+                stuck = not_moving(job, out, patience)
+                if job.process.poll() is None and not stuck:
+                    continue
+                running.remove(job)
+                yield job.notebook, finish(job, patience if stuck else None)
+            show.now(running, len(waiting))
+    finally:
+        for job in running:
+            end(job.process)
+
+
+def start(notebook: Notebook, out: Path, jobs: int) -> Running:
+    """Start a notebook in a process of its own; the executed one will be ``out/<name>``."""
+    path = notebook.path
     target = out / path.name
     target.unlink(missing_ok=True)
     command = [sys.executable, "-m", "papermill", str(path), str(target), "--kernel", "python3"]
     # relative paths mean in every tool what they mean in Jupyter and nbval
     command += ["--cwd", str(path.parent), "--no-progress-bar", "--log-output"]
     command += ["--language", "python"]  # a notebook's own metadata may lack it
-    command += ["--execution-timeout", str(max(1, int(limit)))]
-    for name, value in params.items():
+    for name, value in notebook.params.items():
         raw = name in ("out_dir", "profile")
         command += ["--parameters_raw" if raw else "--parameters", name, value]
-    began = time.perf_counter()
+    env = os.environ | {"TPT_NB_BY": path.stem}  # the engine notes it in the runs' summaries
+    if not os.path.exists("/dev/nvidiactl"):
+        env = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"} | env
     log_path = out / "logs" / f"{path.stem}.log"
     with open(log_path, "wb") as log:
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=env
         )
-        try:
-            # the limit on a cell comes first, because it leaves a notebook that shows where
-            code = process.wait(limit + 30)
-        except subprocess.TimeoutExpired:
-            code = None
-        finally:
-            end(process)
-    seconds = time.perf_counter() - began
-    cell, error = verdict(target, code)
-    if code is None or (error and "CellTimeoutError" in log_path.read_text(errors="replace")):
-        error = f"not finished within {limit:g} s"
-    return Result(path.stem, not error, round(seconds, 1), cell, error)
+    return Running(notebook, process, target, log_path, since=time.perf_counter())
+
+
+def not_moving(job: Running, out: Path, patience: float) -> bool:
+    """Nothing new for so long: no line in its log, no cell, no record of a run, no features?"""
+    now = time.perf_counter()
+    seen = job.log.stat().st_size
+    patience = patience if job.cell() else max(patience, 180)  # a kernel that starts says nothing
+    if seen == job.seen and now - job.since > patience:  # looking at files takes longer
+        cache = Path(os.environ.get("TPT_NB_CACHE", out / "cache"))
+        files = [*(out / "runs").rglob("*"), *cache.rglob("*")]
+        newest = max((path.stat().st_mtime for path in files if path.is_file()), default=0.0)
+        idle = time.time() - newest
+        if idle > patience:
+            return True
+        job.since = now - idle
+    elif seen != job.seen:
+        job.seen, job.since = seen, now
+    return False
+
+
+def finish(job: Running, patience: float | None) -> Result:
+    """The result of a notebook that has ended, or is ended because it does not move."""
+    end(job.process)
+    code = None if patience else job.process.wait()
+    seconds = time.perf_counter() - job.began
+    cell, error = verdict(job.target, code)
+    if patience and (not error or "papermill ended" in error):  # and no cell says why
+        error = f"no progress for {patience:g} s"
+    return Result(job.notebook.path.stem, not error, round(seconds, 1), cell, error)
 
 
 def end(process: subprocess.Popen) -> None:
@@ -240,138 +337,92 @@ def first_line(text: str) -> str:
     return text.strip().split("\n")[0][:120]
 
 
-def to_html(path: Path) -> None:
-    """A page beside the executed notebook."""
-    from nbconvert import HTMLExporter
-
-    page, _ = HTMLExporter(raw_template=PAGE).from_filename(str(path))
-    path.with_suffix(".html").write_text(page, encoding="utf-8")
-
-
-def write_back(executed: Path, path: Path, out: Path) -> None:
+def write_back(executed: Path, path: Path, out: Path, seconds: float) -> None:
     """Replace a notebook by its executed self, made fit to be committed."""
     notebook = nbformat.read(executed, as_version=4)
     normalise(notebook, {str(out): "out", str(REPO): ".", str(Path.home()): "~"})
+    about = notebook.metadata.get("tpt_nb", {})
+    notebook.metadata["tpt_nb"] = {
+        **about,
+        "seconds": round(seconds),
+    }  # for the next one's time left
     temporary = path.with_suffix(".tmp")
     nbformat.write(notebook, temporary)
     os.replace(temporary, path)
 
 
-# --- what was computed ---------------------------------------------------------------------------
+# --- what is shown meanwhile ---------------------------------------------------------------------
 
 
-def collect(out: Path, results: list[Result], started: dict[str, float]) -> dict:
-    """Put the notebooks' fates and the summaries of all runs under ``out/runs`` in results.json.
+class Progress:
+    """Says what runs and how long it will take, and keeps ``index.html`` up to date."""
 
-    What an earlier call with ``--only`` left there stays, under its notebook.
-    """
-    try:
-        old = json.loads((out / RESULTS).read_text())
-    except (OSError, ValueError):
-        old = {"notebooks": [], "runs": []}
-    notebooks = {entry["name"]: entry for entry in old["notebooks"]}
-    notebooks |= {result.name: asdict(result) for result in results}
-    origin = {run["path"]: run["notebook"] for run in old["runs"]}
-    runs = []
-    for path in sorted((out / "runs").rglob("summary.json")):
-        place = path.parent.relative_to(out).as_posix()
-        written = path.stat().st_mtime
-        now = [name for name, when in started.items() if when <= written]
-        notebook = now[-1] if now else origin.get(place)
-        runs.append({"path": place, "notebook": notebook, **json.loads(path.read_text())})
-    report = {
-        "schema": 1,
-        "notebooks": [notebooks[name] for name in sorted(notebooks)],
-        "runs": runs,
-    }
-    (out / RESULTS).write_text(json.dumps(report, indent=1) + "\n")
-    return report
+    def __init__(self, todo: list[Notebook], out: Path, old: dict, jobs: int) -> None:
+        self.todo, self.out, self.old = todo, out, old
+        self.jobs = min(jobs, len(todo))
+        self.results: list[Result] = []
+        self.began = self.said = time.perf_counter()
+        for notebook in todo:  # what it took here, if it was ever executed here
+            here = [e for e in old["notebooks"] if e["name"] == notebook.path.stem and e["passed"]]
+            notebook.seconds = here[0]["seconds"] if here else notebook.seconds
+        beside = f", {self.jobs} at a time" if self.jobs > 1 else ""
+        left = text_of(sum(notebook.seconds for notebook in todo) / self.jobs)
+        what = "1 notebook" if len(todo) == 1 else f"{len(todo)} notebooks"
+        print(f"Executing {what}{beside}: {left} if this machine is as fast as it was.")
+        print(f"Open {out}/index.html: it grows with each finished notebook.", flush=True)
+        self._page([])
 
+    def finished(self, result: Result) -> None:
+        """A notebook has ended; its page is there."""
+        self.results.append(result)
+        minutes = (time.perf_counter() - self.began) / 60
+        page = f": {self.out}/{result.name}.html" if result.passed else ""
+        print(f"[{minutes:4.1f} min] {result.name} {sentence(result)}{page}", flush=True)
+        self._page([])
 
-def rows(report: dict) -> Iterator[list[str]]:
-    """The table of the runs, as text: a header, then a row per run."""
-    yield ["notebook", "data set", "model", "run", "n", "before", "after", "gain (points)"]
-    for run in report["runs"]:
-        low, high = (100 * x for x in run["gain_ci95"])
-        yield [
-            (run["notebook"] or "")[:2],
-            run["dataset"],
-            run["model"],
-            # the method and what differs from the defaults; the hash at the end says nothing here
-            run["name"].removeprefix(f"{run['dataset']}_{run['model']}_").rsplit("_", 1)[0],
-            str(run["n"]),
-            f"{100 * run['accuracy_before']:.1f} %",
-            f"{100 * run['accuracy_after']:.1f} %",
-            f"{100 * run['gain']:+.1f} [{low:+.1f}, {high:+.1f}]",
-        ]
+    def now(self, running: list[Running], waiting: int) -> None:
+        """A line now and then: what runs, in which cell, and what is left."""
+        if time.perf_counter() - self.said < EVERY:
+            return
+        self.said = time.perf_counter()
+        stands = [f"{job.notebook.path.stem} {self._stands(job)}" for job in running]
+        about = f"{len(self.results)} of {len(self.todo)} finished, {text_of(self._left(running))}"
+        print(f"[{(self.said - self.began) / 60:4.1f} min] {about}; running: {', '.join(stands)}")
+        sys.stdout.flush()
+        self._page(running, about)
 
+    def _stands(self, job: Running) -> str:
+        return f"(cell {job.cell()} of {job.notebook.cells})"
 
-def print_tables(report: dict, results: list[Result], out: Path) -> None:
-    """The runs, then the seconds of each notebook."""
-    table = list(rows(report))
-    if len(table) > 1:
-        widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
-        print()
-        for row in table:
-            cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
-            print("  ".join(cells).rstrip())
-        if any(run["model"] == "mini" for run in report["runs"]):
-            print(NOTE)
-    print()
-    for result in results:
-        state = "passed" if result.passed else "FAILED"
-        print(f"{result.name:32} {state} {result.seconds:8.1f} s")
-    print(f"\nPages, notebooks, logs and {RESULTS}: {out}/index.html")
+    def _left(self, running: list[Running]) -> float:
+        """Seconds: what is expected of the rest, corrected by how fast it went so far."""
+        ended = {result.name: result.seconds for result in self.results}
+        expected, taken = 0.0, 0.0
+        parts: dict[str, float] = {}
+        for job in running:
+            parts[job.notebook.path.stem] = min(0.95, job.cell() / max(1, job.notebook.cells))
+        left = 0.0
+        for notebook in self.todo:
+            name = notebook.path.stem
+            part = 1.0 if name in ended else parts.get(name, 0.0)
+            expected += part * notebook.seconds
+            taken += ended.get(name, 0.0)
+            left += (1 - part) * notebook.seconds
+        taken += sum(time.perf_counter() - job.began for job in running)
+        pace = taken / expected if expected > 20 else 1.0
+        return left * max(0.3, pace) / self.jobs
 
-
-def sentence(result: Result) -> str:
-    """One line on a notebook."""
-    if result.passed:
-        return f"passed in {result.seconds:.1f} s"
-    return f"FAILED after {result.seconds:.1f} s, {result.cell}: {result.error}"
+    def _page(self, running: list[Running], about: str = "") -> None:
+        report = collect(self.out, self.results, self.old)
+        done = {result.name for result in self.results}
+        waiting = {n.path.stem: "waiting" for n in self.todo if n.path.stem not in done}
+        waiting |= {job.notebook.path.stem: f"running {self._stands(job)}" for job in running}
+        write_index(self.out, report, waiting, about)
 
 
-def write_index(out: Path, report: dict) -> None:
-    """A page that links everything in ``out``."""
-    entries = []
-    for entry in report["notebooks"]:
-        name = entry["name"]
-        state = "passed" if entry["passed"] else f"failed: {entry['cell']}: {entry['error']}"
-        entries.append(
-            f'<tr><td><a href="{name}.html">{name}</a></td><td>{html.escape(state)}</td>'
-            f'<td class="n">{entry["seconds"]:.0f} s</td><td><a href="{name}.ipynb">notebook</a>, '
-            f'<a href="logs/{name}.log">log</a></td></tr>'
-        )
-    header, *body = list(rows(report))
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
-    lines = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in body
-    )
-    (out / "index.html").write_text(
-        f"""<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width">
-<title>Test-time adaptation of CLIP: executed notebooks</title>
-<style>
-body {{ font: 16px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 60em; padding: 0 1em }}
-table {{ border-collapse: collapse; margin: 1em 0 }}
-th, td {{ border-bottom: 1px solid #ccc; padding: .3em .8em; text-align: left }}
-</style>
-<h1>Executed notebooks</h1>
-<table><tr><th>notebook</th><th>state</th><th>time</th><th>files</th></tr>
-{chr(10).join(entries)}
-</table>
-<h2>Runs</h2>
-<p>{html.escape(NOTE) if any(run["model"] == "mini" for run in report["runs"]) else ""}
-Everything in <a href="{RESULTS}">{RESULTS}</a>; intervals are 95 %.</p>
-<table><tr>{head}</tr>
-{lines}
-</table>
-</html>
-""",
-        encoding="utf-8",
-    )
+def text_of(seconds: float) -> str:
+    """A duration left, as people say it."""
+    return f"about {seconds / 60:.0f} min left" if seconds > 90 else f"about {seconds:.0f} s left"
 
 
 if __name__ == "__main__":

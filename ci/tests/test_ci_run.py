@@ -28,10 +28,11 @@ SUMMARY = {
     "gain_ci95": [-0.01, 0.11],
 }
 WRITE_RUN = f"""
-import json, pathlib
+import json, os, pathlib
 folder = pathlib.Path(out_dir) / {SUMMARY["name"]!r}
 folder.mkdir(parents=True, exist_ok=True)
-_ = (folder / "summary.json").write_text(json.dumps({SUMMARY!r}))
+summary = {SUMMARY!r} | {{"by": os.environ["TPT_NB_BY"]}}
+_ = (folder / "summary.json").write_text(json.dumps(summary))
 print("run in", folder)
 """
 PICTURE = """
@@ -49,6 +50,8 @@ NOTEBOOKS = {
     "03_stops": ["x = 1", "import sys\nsys.exit(0)", "print('later')"],
     "04_dies": ["x = 1", "import os\nos._exit(1)", "print('later')"],
     "05_hangs": ["x = 1", "import time\ntime.sleep(300)", "print('later')"],
+    # takes longer than the limit, but moves
+    "06_slow": ["import time\nfor i in range(12):\n    print(i, flush=True)\n    time.sleep(2)"],
 }
 
 
@@ -78,15 +81,15 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def everything(folder, tmp_path_factory):
-    """All of them run once, with ten seconds for a cell: (process, out)."""
+    """All of them run once, with twenty seconds without progress: (process, out)."""
     out = tmp_path_factory.mktemp("out")
-    return ci_run(folder, out, "--profile", "mini", "--timeout", "10"), out
+    return ci_run(folder, out, "--profile", "mini", "--timeout", "20"), out
 
 
 def test_exit_code_and_last_lines(everything):
     process, _ = everything
     assert process.returncode == 1
-    assert process.stdout.splitlines()[-1].startswith("ci/run: 1 passed, 4 failed, ")
+    assert process.stdout.splitlines()[-1].startswith("ci/run: 2 passed, 4 failed, ")
 
 
 @pytest.mark.parametrize(
@@ -96,7 +99,7 @@ def test_exit_code_and_last_lines(everything):
         "FAILED: 02_raises, cell 4 `x / 0`: ZeroDivisionError: division by zero",
         "FAILED: 03_stops, cell 4 `import sys`: SystemExit: 0",
         "FAILED: 04_dies, cell 4 `import os`: the kernel died",
-        "FAILED: 05_hangs, cell 4 `import time`: not finished within 10 s",
+        "FAILED: 05_hangs, cell 4 `import time`: no progress for 20 s",
     ],
 )
 def test_failures_name_notebook_and_cell(everything, line):
@@ -112,11 +115,44 @@ def test_out_has_pages_logs_and_results(everything):
     assert "01_fine.html" in index and "ZeroDivisionError" in index
     report = json.loads((out / "results.json").read_text())
     assert [entry["name"] for entry in report["notebooks"]] == list(NOTEBOOKS)
-    assert [entry["passed"] for entry in report["notebooks"]] == [True] + 4 * [False]
+    assert [entry["passed"] for entry in report["notebooks"]] == [True] + 4 * [False] + [True]
+    assert "http-equiv" not in index  # nothing more to come
     (run,) = report["runs"]
     assert run["notebook"] == "01_fine" and run["accuracy_after"] == 0.35
     assert "+5.0 [-1.0, +11.0]" in process.stdout
     assert "not CLIP on ImageNet" in process.stdout and "not CLIP on ImageNet" in index
+
+
+MEET = """
+import os, pathlib, time
+out = pathlib.Path(out_dir).parent
+(out / NAME).touch()
+end = time.monotonic() + 100
+while not (out / OTHER).exists() and time.monotonic() < end:
+    time.sleep(0.1)
+assert (out / OTHER).exists(), "the other notebook does not run"
+"""
+LOOK = """
+page = (out / "index.html").read_text()
+while "running" not in page and time.monotonic() < end:
+    time.sleep(0.5)
+    page = (out / "index.html").read_text()
+assert "http-equiv" in page and "running (cell" in page and "min left" in page or "s left" in page
+print("threads:", os.environ["OMP_NUM_THREADS"])
+"""
+
+
+def test_notebooks_run_beside_each_other_and_the_page_grows(tmp_path):
+    for name, other in (("a", "b"), ("b", "a")):
+        source = MEET.replace("NAME", repr(name)).replace("OTHER", repr(other))
+        write(tmp_path / f"0{'ab'.index(name) + 1}_{name}.ipynb", [source, LOOK])
+    process = ci_run(tmp_path, tmp_path / "out", "--jobs", "2")
+    assert process.returncode == 0, process.stdout + process.stderr
+    assert "Executing 2 notebooks, 2 at a time" in process.stdout
+    assert "running: 01_a (cell" in process.stdout
+    for name in ("01_a", "02_b"):
+        assert "threads: 1" in (tmp_path / "out" / "logs" / f"{name}.log").read_text()
+        assert f"{tmp_path}/out/{name}.html" in process.stdout
 
 
 def test_later_call_keeps_what_an_earlier_one_found(folder, everything):
@@ -150,7 +186,7 @@ def test_in_place_leaves_a_notebook_fit_to_commit(folder, tmp_path):
             ["-p", "profil", "mini"],
             "01_fine.ipynb has no parameter 'profil'; did you mean profile?",
         ),
-        (["--only", "07"], "there is no notebook 07; there are: 01, 02, 03, 04, 05"),
+        (["--only", "07"], "there is no notebook 07; there are: 01, 02, 03, 04, 05, 06"),
         (["--profile", "tiny"], "invalid choice: 'tiny'"),
     ],
 )

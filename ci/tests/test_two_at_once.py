@@ -2,6 +2,7 @@
 
 import errno
 import os
+import platform
 import re
 import shutil
 import signal
@@ -133,6 +134,57 @@ def test_cdpath_sends_nothing_elsewhere(tmp_path, script):
     )
     said = re.findall(r"^at (.*) with \[(.*)\]$", done.stdout, re.M)
     assert done.returncode == 0 and set(said) == {(str(here.resolve()), "")}, done
+
+
+FAKE = """#!/bin/sh
+case "$*" in
+  *"-c pass"*) exit 0 ;;
+  "-V") echo Python 3.11.0; exit 0 ;;
+esac
+echo "$*" >>"$LOG"
+case "$*" in
+  *"pip show"*) exit 1 ;;  # there is no torch yet
+  *" uv") exit 1 ;;        # and no uv
+  *+cpu*) exit $SMALL ;;   # the small one: there, or not
+esac
+"""
+
+
+@pytest.mark.skipif(
+    os.path.exists("/dev/nvidiactl") or platform.system() + platform.machine() != "Linuxx86_64",
+    reason="the small torch is for Linux on x86_64 without a GPU",
+)
+@pytest.mark.parametrize("small", [0, 1])
+def test_the_small_torch_is_tried_and_each_list_installed_once(tmp_path, small):
+    """The lines that a fake Python gets: pip's, in their order, and none on the second call."""
+    for name in ("ci/env.sh", "ci/constraints.txt", "requirements.txt", "ci/requirements-test.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(REPO / name, tmp_path / name)
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(FAKE)
+    python.chmod(0o755)
+    log = tmp_path / "log"
+    environment = {k: v for k, v in os.environ.items() if k not in ("TPT_NB_PYTHON", "UV")}
+    environment |= {"LOG": str(log), "SMALL": str(small), "PATH": "/usr/bin:/bin"}
+    calls = []
+    for lists in ("", "", "LISTS=ci/requirements-test.txt; "):
+        log.write_text("")
+        script = lists + ". ci/env.sh; echo $CORES cores"
+        done = subprocess.run(
+            ["bash", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done
+        assert re.fullmatch(r"[1-9]\d* cores", done.stdout.splitlines()[-1])
+        calls.append(log.read_text())
+    first, second, tests = calls
+    pins = (REPO / "ci" / "constraints.txt").read_text()
+    torch, vision = (re.search(rf"^{n}==(.*)$", pins, re.M)[1] for n in ("torch", "torchvision"))
+    tried = first.index(f"torch=={torch}+cpu torchvision=={vision}+cpu")
+    assert tried < first.index("-r requirements.txt") < first.index("-e .")
+    assert ("import torchvision" in first) == (small == 0)  # what came is looked at
+    assert "requirements-test" not in first and second == ""
+    assert "-r ci/requirements-test.txt" in tests and "-r requirements.txt" not in tests
 
 
 def test_run_names_fit_into_file_names(world, tmp_path):  # noqa: F811
