@@ -29,7 +29,7 @@ def require_diffusers() -> types.ModuleType:
         import diffusers
     except ImportError:
         raise ValueError(
-            "making variations needs diffusers: pip install -r ci/requirements-extras.txt. "
+            "making variations needs diffusers: pip install -r requirements.txt. "
             "Everything else works without it."
         ) from None
     return diffusers
