@@ -10,7 +10,11 @@ from tpt_nb.losses import marginal_entropy
 from tpt_nb.methods.online import Cache
 from tpt_nb.models import Prompts
 
-ONLINE = [n for n in methods.names() if methods.get(n).kind == "online"]
+ONLINE = [  # those that need features alone
+    name
+    for name in methods.names()
+    if methods.get(name).kind == "online" and not methods.get(name).needs
+]
 
 
 def random_stream(images=12, views=20, classes=4, width=6, seed=0):
@@ -87,21 +91,67 @@ def test_the_order_matters_and_is_an_option(name):
 def test_the_first_image_of_a_stream_sees_no_other(name):
     features, prompts = random_stream(images=10)
     first = int(torch.randperm(10, generator=torch.Generator().manual_seed(2))[0])
-    whole = methods.get(name)(features, prompts, order=2).logits[first]
-    alone = methods.get(name)(features[first : first + 1], prompts).logits[0]
+    more = {"horizon": 10} if name == "onzeta" else {}  # it asks how long the stream will be
+    whole = methods.get(name)(features, prompts, order=2, **more).logits[first]
+    alone = methods.get(name)(features[first : first + 1], prompts, **more).logits[0]
     torch.testing.assert_close(whole, alone)
 
 
+@pytest.mark.parametrize("name", ONLINE)
+def test_many_orders_are_one_call_and_streams_know_nothing_of_each_other(name):
+    features, prompts = random_stream(images=25)
+    orders = torch.stack([torch.randperm(25) for _ in range(4)])
+    method = methods.get(name)
+    together = method.adapt(features, prompts, method.options(), orders=orders)
+    assert together.logits.shape == (4, 25, 4) and together.logits_before.shape == (25, 4)
+    for o, order in enumerate(orders):
+        alone = method.adapt(features, prompts, method.options(), orders=order)
+        torch.testing.assert_close(together.logits[o], alone.logits, atol=1e-9, rtol=0)
+        torch.testing.assert_close(together.loss, alone.loss)
+    drawn = torch.randperm(25, generator=torch.Generator().manual_seed(7))
+    a = method(features, prompts, order=7).logits
+    b = method.adapt(features, prompts, method.options(), orders=drawn[None]).logits[0]
+    torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("name", ONLINE)
+def test_the_order_of_the_classes_is_of_no_account(name):
+    features, prompts = random_stream(images=20)
+    order = torch.tensor([2, 0, 3, 1])
+    a = methods.get(name)(features, prompts).logits
+    b = methods.get(name)(features, FakePrompts(prompts.text[order], 5.0)).logits
+    torch.testing.assert_close(b, a[:, order], atol=1e-7, rtol=0)
+
+
+@pytest.mark.parametrize("bad", [[[0, 1, 1]], [[0, 1]], [[1, 2, 3]]])
+def test_an_order_that_is_no_permutation_is_refused(bad):
+    features, prompts = random_stream(images=3)
+    method = methods.get("tda")
+    with pytest.raises(ValueError, match="each of the 3 images once"):
+        method.adapt(features, prompts, method.options(), orders=torch.tensor(bad))
+
+
+@pytest.mark.parametrize("name", ["tda", "boostadapter"])
+def test_without_a_matrix_of_similarities_the_same(name, monkeypatch):
+    features, prompts = random_stream(images=30)
+    stored = methods.get(name)(features, prompts, rho=0.2).logits
+    monkeypatch.setattr("tpt_nb.methods.online.STORED", 5)
+    torch.testing.assert_close(methods.get(name)(features, prompts, rho=0.2).logits, stored)
+
+
 def test_a_cache_keeps_the_most_certain():
-    cache = Cache(2, 2, torch.zeros(1, 3))
-    eye = torch.eye(3)
-    for key, h in zip(eye, (0.5, 0.2, 0.3), strict=True):
-        cache.insert(1, key, torch.tensor(h))
-    assert cache.entropy[1].sort().values.tolist() == pytest.approx([0.2, 0.3])
-    cache.insert(1, eye[0], torch.tensor(0.4))
-    assert (cache.keys[1] @ eye[0]).max() == 0
-    assert cache.read(eye[1], 5.0)[0].tolist() == [0, 0]
-    assert cache.read(eye[1], 5.0)[1].max() == 1
+    """Two streams: class 1 of the first meets five images, the second only what it may."""
+    cache = Cache(2, 2, 2, torch.zeros(1))
+    for image, h in enumerate((0.5, 0.2, 0.3, 0.4, 0.3)):
+        here = torch.tensor([image, image])
+        entropies, allowed = torch.tensor([h, h]), torch.tensor([True, image == 3])
+        cache.insert(torch.tensor([1, 0]), here, entropies, allowed)
+    assert cache.entropy[0, 1].sort().values.tolist() == pytest.approx([0.2, 0.3])
+    assert sorted(cache.image[0, 1].tolist()) == [1, 2], "an equal one does not come in"
+    assert cache.entropy[0, 0].isinf().all() and cache.entropy[1, 1].isinf().all()
+    assert cache.image[1, 0][~cache.entropy[1, 0].isinf()].tolist() == [3]
+    read = cache.read(torch.ones(2, 2, 2))
+    assert read[0].tolist() == [[0, 0], [1, 1]] and read[1].sum() == 1
 
 
 def test_a_cache_needs_room():

@@ -1,9 +1,9 @@
 """Online methods: what they learn from one image they keep for the next. Reported apart.
 
-Same signature as the episodic ones, but a call is a *stream*: the B images are taken one after the
-other, in an order that the option ``order`` draws, and the prediction for an image depends on
-those before it. So all images must come in one call (``kind="online"``), and a result is the mean
-over several orders.
+Same signature as the episodic ones, but a call is a *stream* (:mod:`tpt_nb.methods.streams`): the B
+images are taken one after the other, and the prediction for an image depends on those before it.
+So all images must come in one call (``kind="online"``), and a result is the mean over several
+orders. Here are the two that keep the most certain images in a cache.
 
 Published settings differ from data set to data set, chosen nobody knows how; here one setting, the
 published one for ImageNet and ImageNet-A, serves all of them, and every method sees the same views.
@@ -27,36 +27,64 @@ from tpt_nb.methods.method import (
     rho,
     take,
 )
+from tpt_nb.methods.streams import StreamOptions, one_or_many, orders_of
 from tpt_nb.models import Prompts, TemplatePrompts
+
+STORED = 8192  # images whose similarities to each other are kept as a matrix (256 MB)
 
 
 class Cache:
-    """Per class the ``capacity`` entries of lowest entropy: keys [C,capacity,D], values [...,C].
+    """Per stream and class the ``capacity`` images of lowest entropy: positions [O,C,capacity].
 
-    An empty place has entropy infinity. ``values`` is None if the class itself is the value.
+    An empty place has entropy infinity.
     """
 
-    def __init__(self, classes: int, capacity: int, like: Tensor, values: bool = False) -> None:
-        self.keys = like.new_zeros(classes, capacity, like.shape[-1])
-        self.entropy = like.new_full((classes, capacity), torch.inf)
-        self.values = like.new_zeros(classes, capacity, classes) if values else None
+    def __init__(self, streams: int, classes: int, capacity: int, like: Tensor) -> None:
+        shape = streams, classes, capacity
+        self.image = torch.zeros(shape, dtype=torch.long, device=like.device)
+        self.entropy = like.new_full(shape, torch.inf)
+        self.stream = torch.arange(streams, device=like.device)
 
-    def insert(self, c: int, key: Tensor, h: Tensor, value: Tensor | None = None) -> None:
-        """Put an entry in place of the worst of class ``c``, if it is better."""
-        worst = int(self.entropy[c].argmax())
-        if h < self.entropy[c, worst]:
-            self.keys[c, worst], self.entropy[c, worst] = key, h
-            if value is not None:
-                self.values[c, worst] = value
+    def insert(self, c: Tensor, image: Tensor, h: Tensor, allowed: Tensor | None = None) -> None:
+        """In each stream, put an image in place of the worst of its class, if it is better.
 
-    def read(self, query: Tensor, beta: float) -> Tensor:
-        """``exp(-beta (1 - cosine))`` of each entry, 0 for empty places: [C,capacity]."""
-        affinity = torch.exp(-beta * (1 - self.keys @ query))
+        Args:
+            c, image, h: ``[O]``, the class, the position and the entropy of each stream's image.
+            allowed: ``[O]`` bool, the streams that do so.
+        """
+        here = self.entropy[self.stream, c]
+        highest, worst = here.max(1)
+        better = h < highest
+        better = better if allowed is None else better & allowed
+        self.image[self.stream, c, worst] = torch.where(
+            better, image, self.image[self.stream, c, worst]
+        )
+        self.entropy[self.stream, c, worst] = torch.where(better, h, highest)
+
+    def read(self, affinity: Tensor) -> Tensor:
+        """An affinity for each place ``[O,C,capacity]``, with 0 in the empty ones."""
         return affinity.masked_fill(self.entropy.isinf(), 0)
 
 
+class Affinity:
+    """``exp(-beta (1 - f_i.f_j))`` of features ``[B,D]``, from a stored matrix if they are few."""
+
+    def __init__(self, features: Tensor) -> None:
+        self.features = features
+        self.products = features @ features.T if len(features) <= STORED else None
+
+    def __call__(self, i: Tensor, others: Tensor, beta: float) -> Tensor:
+        """Of each stream's image ``[O]`` with those at ``others`` [O,...], as which it comes."""
+        flat = others.flatten(1)
+        if self.products is not None:
+            products = self.products[i].gather(1, flat)
+        else:
+            products = torch.einsum("oed,od->oe", self.features[flat], self.features[i])
+        return torch.exp(-beta * (1 - products)).view(others.shape)
+
+
 @dataclass(frozen=True)
-class Options:
+class Options(StreamOptions):
     rho: float = rho()
     positive_alpha: float = option(2.0, "weight of the positive cache")
     positive_beta: float = option(5.0, "sharpness of the positive cache")
@@ -64,7 +92,6 @@ class Options:
     negative_alpha: float = option(0.117, "weight of the negative cache")
     negative_beta: float = option(1.0, "sharpness of the negative cache")
     negative_capacity: int = at_least(1, 2, "entries per class of the negative cache")
-    order: int = option(0, "seed of the order of the stream")
 
 
 @dataclass(frozen=True)
@@ -73,7 +100,12 @@ class BoostOptions(Options):
 
 
 @torch.no_grad()
-def tda(features: Tensor, prompts: Prompts | TemplatePrompts, options: Options) -> Adapted:
+def tda(
+    features: Tensor,
+    prompts: Prompts | TemplatePrompts,
+    options: Options,
+    orders: Tensor | None = None,
+) -> Adapted:
     """TDA: Karmanov et al., "Efficient Test-Time Adaptation of Vision-Language Models", 2024.
 
     The confident views of an image give its base: mean logits, mean feature (not normalised again),
@@ -86,12 +118,15 @@ def tda(features: Tensor, prompts: Prompts | TemplatePrompts, options: Options) 
 
     ``loss`` is the marginal entropy of the base.
     """
-    return _stream(features, prompts, options, boost=0)
+    return _stream(features, prompts, options, orders, boost=0)
 
 
 @torch.no_grad()
 def boostadapter(
-    features: Tensor, prompts: Prompts | TemplatePrompts, options: BoostOptions
+    features: Tensor,
+    prompts: Prompts | TemplatePrompts,
+    options: BoostOptions,
+    orders: Tensor | None = None,
 ) -> Adapted:
     """BoostAdapter: Zhang et al., "BoostAdapter: Improving Vision-Language Test-Time Adaptation via
     Regional Bootstrapping", 2024.
@@ -101,56 +136,79 @@ def boostadapter(
     published code the negative cache keeps the latest entries (an argument lands in the wrong
     place); here it keeps the most certain ones, as TDA's.
     """
-    return _stream(features, prompts, options, options.boost)
+    return _stream(features, prompts, options, orders, options.boost)
 
 
-def _stream(features: Tensor, prompts, options: Options, boost: int) -> Adapted:
+def _stream(features: Tensor, prompts, options: Options, orders, boost: int) -> Adapted:
     logits = initial_logits(features, prompts)
     x = features.to(logits)
     b, _, c = logits.shape
+    rows = orders_of(b, options, orders).to(x.device)
     chosen = select_confident(logits, options.rho)
     kept, keys = take(logits, chosen), take(x, chosen)  # [B,k,C], [B,k,D]
     base, feature = kept.mean(1), keys.mean(1)
     loss = torch.vmap(lambda z: marginal_entropy(z, 1.0))(kept)
-    mean_prob, view_entropy = kept.softmax(-1).mean(1), entropy(kept)
     share = loss / math.log2(max(2, c))
     medium = (share > 0.2) & (share < 0.5)
-    predicted, view_class = base.argmax(-1).tolist(), kept.argmax(-1)
+    not_these, counts = _unlikely(kept.softmax(-1).mean(1), medium)
+    predicted = base.argmax(-1)
+    own = _Own(keys, feature, kept, options, boost) if boost else None
 
-    positive = Cache(c, options.capacity, x)
-    negative = Cache(c, options.negative_capacity, x, values=True)
-    after = base.clone()
-    order = torch.randperm(b, generator=torch.Generator().manual_seed(options.order))
-    for i in order.tolist():
-        query = feature[i]
-        positive.insert(predicted[i], query, loss[i])
-        if medium[i]:
-            value = ((mean_prob[i] > 0.03) & (mean_prob[i] < 1.0)).to(x)
-            negative.insert(predicted[i], query, loss[i], value)
-        if boost:
-            own = keys[i], view_class[i], view_entropy[i]
-            read = _boosted(positive, boost, *own, query, options.positive_beta)
-            after[i] += options.positive_alpha * read
-        else:
-            after[i] += options.positive_alpha * positive.read(query, options.positive_beta).sum(1)
-        weights = negative.read(query, options.negative_beta)
-        after[i] -= options.negative_alpha * torch.einsum("ck,ckn->n", weights, negative.values)
+    near = Affinity(feature)
+    positive = Cache(len(rows), c, options.capacity, x)
+    negative = Cache(len(rows), c, options.negative_capacity, x)
+    after = base.expand(len(rows), -1, -1).clone()
+    for i in rows.T:  # [O]: the image that each stream has come to
+        positive.insert(predicted[i], i, loss[i])
+        negative.insert(predicted[i], i, loss[i], medium[i])
+        affinity = positive.read(near(i, positive.image, options.positive_beta))
+        z = base[i] + options.positive_alpha * (
+            own.read(i, positive, affinity) if own else affinity.sum(-1)
+        )
+        weight = negative.read(near(i, negative.image, options.negative_beta)).flatten(1)
+        entries = negative.image.flatten(1)
+        weight = weight[..., None] * counts[entries]
+        less = torch.zeros_like(z).scatter_add_(1, not_these[entries].flatten(1), weight.flatten(1))
+        after[positive.stream, i] = z - options.negative_alpha * less
     mask = as_mask(chosen, features)
-    return Adapted(*back(features, after, logits[:, 0], loss, mask))
+    out = one_or_many(after, orders)
+    return Adapted(*back(features, out, logits[:, 0], loss, mask))
 
 
-def _boosted(cache: Cache, boost: int, keys, classes, entropies, query, beta: float) -> Tensor:
-    """What the positive cache reads with an image's own views in it: [C]."""
-    read = cache.read(query, beta).sum(1)
-    for c in classes.unique().tolist():  # only the classes that the views predict can change
-        own = classes == c
-        all_h = torch.cat([cache.entropy[c], entropies[own]])
-        all_keys = torch.cat([cache.keys[c], keys[own]])
-        room = cache.entropy.shape[1] + boost
-        best = all_h.argsort(stable=True)[:room]
-        best = best[~all_h[best].isinf()]
-        read[c] = torch.exp(-beta * (1 - all_keys[best] @ query)).sum()
-    return read
+def _unlikely(mean_prob: Tensor, medium: Tensor) -> tuple[Tensor, Tensor]:
+    """Of each image, the classes that the negative cache holds against it: [B,n], 1 or 0 of each.
+
+    At most 33 of them can have a probability above 0.03, so they are listed.
+    """
+    held = ((mean_prob > 0.03) & (mean_prob < 1.0)) & medium[:, None]
+    counts, classes = held.to(mean_prob).topk(max(1, int(held.sum(1).max())))
+    return classes, counts
+
+
+class _Own:
+    """What the positive cache reads with an image's own views in it."""
+
+    def __init__(self, keys: Tensor, feature: Tensor, kept: Tensor, options, boost: int) -> None:
+        cosine = torch.einsum("bkd,bd->bk", keys, feature)
+        self.affinity = torch.exp(-options.positive_beta * (1 - cosine))  # [B,k]
+        self.entropy, self.classes = entropy(kept), kept.argmax(-1)  # [B,k]
+        self.room = options.capacity + boost
+
+    def read(self, i: Tensor, cache: Cache, affinity: Tensor) -> Tensor:
+        """``[O,C]`` for each stream's image ``[O]``; ``affinity`` [O,C,capacity] to the others.
+
+        Only the classes that the views predict can change. Of each, its entries and the views are
+        sorted by entropy, the cache's first where they are equal, and there is room for a few.
+        """
+        classes = self.classes[i]  # [O,k]
+        place = classes[..., None].expand(-1, -1, affinity.shape[-1])
+        same = classes[:, :, None] == classes[:, None]  # [O,k,k]: views of the class of a view
+        own_h = self.entropy[i][:, None].masked_fill(~same, torch.inf)
+        h = torch.cat([cache.entropy.gather(1, place), own_h], -1)  # [O,k,capacity+k]
+        own = self.affinity[i][:, None].expand_as(own_h)
+        value = torch.cat([affinity.gather(1, place), own], -1).masked_fill(h.isinf(), 0)
+        best = h.argsort(dim=-1, stable=True)[..., : self.room]
+        return affinity.sum(-1).scatter(1, classes, value.gather(-1, best).sum(-1))
 
 
 TDA = Method(tda, Options, kind="online", paper="TDA, 2024")

@@ -1,7 +1,17 @@
 """The table of the methods: one line each. :func:`register` adds one for this process."""
 
 from tpt_nb.core.messages import unknown
-from tpt_nb.methods import mta, online, tps, tpt, tpt_variants, tune_encoder, votes, zero_shot
+from tpt_nb.methods import (
+    mta,
+    online,
+    tps,
+    tpt,
+    tpt_variants,
+    transductive,
+    tune_encoder,
+    votes,
+    zero_shot,
+)
 from tpt_nb.methods.caption_prompts import adapt as caption_prompts
 from tpt_nb.methods.difftpt import adapt as difftpt
 from tpt_nb.methods.method import Method
@@ -22,6 +32,8 @@ METHODS: dict[str, Method] = {
     "contrast_vote": votes.CONTRAST_VOTE,
     "tda": online.TDA,
     "boostadapter": online.BOOSTADAPTER,
+    "stata": transductive.STATA,
+    "transclip": transductive.TRANSCLIP,
     "tune_encoder": tune_encoder.METHOD,
     "caption_prompts": caption_prompts.METHOD,
     "ra_tta": ra_tta.METHOD,

@@ -45,10 +45,11 @@ def orders_of(n: int, options: StreamOptions, orders: Tensor | None) -> Tensor:
 
 
 def in_place(streamed: Tensor, rows: Tensor, orders: Tensor | None) -> Tensor:
-    """``[O,B,C]`` in the order of the streams -> in that of the images.
-
-    ``[B,C]`` where the caller gave no ``orders``, or one without its leading dimension.
-    """
+    """``[O,B,C]`` in the order of the streams -> in that of the images, as the caller wants it."""
     index = rows.to(streamed.device)[..., None].expand_as(streamed)
-    logits = torch.empty_like(streamed).scatter_(1, index, streamed)
+    return one_or_many(torch.empty_like(streamed).scatter_(1, index, streamed), orders)
+
+
+def one_or_many(logits: Tensor, orders: Tensor | None) -> Tensor:
+    """``[O,B,C]``, or ``[B,C]`` where there were no ``orders``, or one without its dimension."""
     return logits[0] if orders is None or orders.ndim == 1 else logits
