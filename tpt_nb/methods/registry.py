@@ -2,8 +2,11 @@
 
 from tpt_nb.core.messages import unknown
 from tpt_nb.methods import (
+    dpe,
     mta,
     online,
+    onzeta,
+    sts,
     tps,
     tpt,
     tpt_variants,
@@ -26,12 +29,15 @@ METHODS: dict[str, Method] = {
     "zero_fp16": votes.ZERO_FP16,
     "mta": mta.METHOD,
     "tps": tps.METHOD,
+    "sts": sts.METHOD,
     "tpt_confident": tpt_variants.TPT_CONFIDENT,
     "rtpt": tpt_variants.RTPT,
     "ctpt": tpt_variants.CTPT,
     "contrast_vote": votes.CONTRAST_VOTE,
     "tda": online.TDA,
     "boostadapter": online.BOOSTADAPTER,
+    "onzeta": onzeta.METHOD,
+    "dpe": dpe.METHOD,
     "stata": transductive.STATA,
     "transclip": transductive.TRANSCLIP,
     "tune_encoder": tune_encoder.METHOD,

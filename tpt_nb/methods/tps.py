@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tpt_nb.losses import marginal_entropy, select_confident
+from tpt_nb.losses import log_mean_prob, marginal_entropy, select_confident
 from tpt_nb.methods.method import (
     Adapted,
     Method,
@@ -39,6 +39,25 @@ def tps(features: Tensor, prompts: Prompts | TemplatePrompts, options: Options) 
     with the shifted, re-normalised features. The prototypes may come from a template ensemble, as
     in the paper.
     """
+    return shifted(features, prompts, options)
+
+
+def shifted(
+    features: Tensor,
+    prompts: Prompts | TemplatePrompts,
+    options: Options,
+    basis: Tensor | None = None,
+    penalty: float = 0.0,
+    predict: str = "image",
+) -> Adapted:
+    """TPS, and what else shifts the text features.
+
+    Args:
+        basis: ``[D,k]``; the shift is ``basis @ gamma``, the same for all classes, and AdamW steps
+            go to gamma. The views are then those of the first step. None: free, for each class.
+        penalty: weight of the squared length of that shift in the loss.
+        predict: "image", view 0; "confident", the mean probability of the first step's views.
+    """
     logits = initial_logits(features, prompts)
     x, text = features.to(logits), prompts.text_features().detach()
     scale = prompts.clip.logit_scale.to(x)
@@ -46,21 +65,28 @@ def tps(features: Tensor, prompts: Prompts | TemplatePrompts, options: Options) 
     outs, losses_ = [], []
     size = max(1, 2**24 // text.numel())
     each = torch.vmap(lambda z: marginal_entropy(z, 1.0))
-    for part, views in zip(x.split(size), chosen.split(size), strict=True):
-        delta = text.new_zeros(len(part), *text.shape).requires_grad_(True)
+    for part, first in zip(x.split(size), chosen.split(size), strict=True):
+        shape = text.shape if basis is None else basis.shape[1:]
+        delta, views = text.new_zeros(len(part), *shape).requires_grad_(True), first
         step = torch.optim.AdamW([delta], lr=options.shift)
         for i in range(options.steps):
-            moved = F.normalize(text + delta, dim=-1)
-            if i:
+            shift = delta if basis is None else (delta @ basis.T)[:, None]
+            moved = F.normalize(text + shift, dim=-1)
+            if i and basis is None:
                 views = select_confident(scale * part @ moved.detach().mT, options.rho)
             loss = each(scale * take(part, views) @ moved.mT)
+            loss = loss + penalty * shift.square().sum((1, 2)) if penalty else loss
             (delta.grad,) = torch.autograd.grad(loss.sum(), delta)
             step.step()
             if i == 0:
                 losses_.append(loss.detach())
         with torch.no_grad():
-            moved = F.normalize(text + delta, dim=-1)
-            outs.append(scale * torch.einsum("bd,bcd->bc", part[:, 0], moved))
+            shift = delta if basis is None else (delta @ basis.T)[:, None]
+            moved = F.normalize(text + shift, dim=-1)
+            if predict == "image":
+                outs.append(scale * torch.einsum("bd,bcd->bc", part[:, 0], moved))
+            else:
+                outs.append(log_mean_prob(scale * take(part, first) @ moved.mT))
     parts = (torch.cat(outs), logits[:, 0], torch.cat(losses_), as_mask(chosen, features))
     return Adapted(*back(features, *parts))
 
