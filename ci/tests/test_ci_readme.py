@@ -64,6 +64,65 @@ def test_every_section_has_its_markers():
     assert len(readme.pages()) == 3
 
 
+def board_row(name: str, kind: str, accuracy: tuple[float, float], **more) -> dict:
+    """A row of a leaderboard over A and R, both decisive; A is left out of the rest."""
+    gains = {"zero_shot": [accuracy[1] - 0.4, -0.01, 0.3], "vote": [0.1, 0.02, 0.2]}
+    cell = {"n": 1000, "gains": {"zero_shot": [-0.1, -0.2, 0.01]}}
+    eces = (0.104, 0.3)
+    return {
+        "row": name, "kind": kind, "prompt": "single", "published": True, "settings": "one",
+        "mean_shifted": sum(accuracy) / 2, "mean_shifted_rest": accuracy[1], "seconds": 0.001,
+        "variants": {f"iconshift-{v}": cell | {"accuracy": a, "ece": e}
+                     for v, a, e in zip("ar", accuracy, eces, strict=True)},
+        "gains": {part: {"shifted": gain, "rest": gain} for part, gain in gains.items()},
+    } | more  # fmt: skip
+
+
+def board() -> dict:
+    rows = [
+        board_row("zero_shot", "episodic", (0.2, 0.4), gains={}),
+        board_row("vote", "episodic", (0.5, 0.3), published=False, seconds=0.0005),
+        board_row("contrast_vote", "episodic", (0.6, 0.45), published=False),
+        board_row("new", "episodic", (0.3, 0.5), prompt="seven"),
+        board_row("tda", "online", (0.45, 0.35)),
+        board_row("stata", "transductive", (0.45, 0.35)),
+    ]
+    two = ["iconshift-a", "iconshift-r"]
+    return {
+        "rows": rows, "variants": two, "decisive": two, "rest": two[1:], "left_out": two[:1],
+        "seeds": 3, "absent": ["slow"], "failed": {"dpe": "iconshift-a, seed 0: boom"},
+        "wins": {"contrast_vote": {"zero_shot": [0.2, 0.1, 0.3]}},
+    }  # fmt: skip
+
+
+def test_the_leaderboard_has_a_part_for_each_kind_and_says_what_stands_out(monkeypatch, tmp_path):
+    monkeypatch.setattr(readme, "STREAMS", tmp_path / "streams.json")
+    text = readme.leaderboard(board())
+    head = "| method | A | R | A and R | R | over zero-shot | over the vote | ECE | ms |"
+    assert text.count(head) == 3 and "`new`" not in text  # under another prompt
+    places = [text.index(f"| `{n}` |") for n in ("contrast_vote", "vote", "zero_shot", "tda")]
+    assert places == sorted(places) < [text.index("| `stata` |")]
+    assert places[2] < text.index("**Online: ") < places[3] < text.index("**Transductive: ")
+    assert ("| `contrast_vote` | 60.0 | 45.0 | 52.5 | 45.0 | +5.0 [-1.0, +30.0] "
+            "| +10.0 [+2.0, +20.0] | 10 30 | 1.0 |") in text  # fmt: skip
+    assert "(`zero_shot`): +20.0 [+10.0, +30.0] points, at 2.00 times" in text
+    assert "worst variant against zero-shot: A, -10.0 [-20.0, +1.0]." in text
+    assert "`contrast_vote`, `vote`, `zero_shot`; without A: `contrast_vote`, `zero_shot`" in text
+    assert "Not in this table yet: slow." in text
+    assert "Failed: `dpe` (iconshift-a, seed 0: boom)." in text and "Tail" not in text
+    assert "settings: one for all variants" in text
+
+
+def test_the_tails_are_those_of_the_streams(monkeypatch, tmp_path):
+    monkeypatch.setattr(readme, "STREAMS", tmp_path / "streams.json")
+    found = {kind: {"mean": 0.5, "tail": t} for kind, t in (("shuffled", 0.4), ("sorted", 0.123))}
+    readme.STREAMS.write_text(json.dumps({"rows": {"tda": found, "vote": found}}))
+    text = readme.leaderboard(board())
+    assert text.count("| tail |") == 1 and "| 10 30 | 40.0 / 12.3 | 1.0 |" in text
+    assert text.count("40.0 / 12.3") == 1  # an episodic method knows no order
+    assert "Tail: mean of the worst tenth" in text
+
+
 def test_cost_says_what_the_benchmark_measured():
     measured = {
         "model": "RN50", "classes": 200, "views": 64, "repeats": 3, "device": "cpu (x86_64)",

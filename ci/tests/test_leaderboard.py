@@ -1,3 +1,4 @@
+import collections
 import contextlib
 import dataclasses
 import io
@@ -10,7 +11,8 @@ import torch
 from tpt_nb import datasets, methods, metrics
 from tpt_nb.core.paths import REPO
 from tpt_nb.datasets.damage import CORRUPTIONS, corrupt, corrupted
-from tpt_nb.runs import leaderboard, load_run
+from tpt_nb.runs import board as tables
+from tpt_nb.runs import leaderboard, load_run, run
 from tpt_nb.runs.sweep import read_yaml
 
 FEW = ["zero_shot", "vote", "tda"]
@@ -18,14 +20,14 @@ SMALL = {"reduced_size": 6, "n_aug": 11}
 TWO = ["iconshift-a", "iconshift-r"]
 
 
-def board(out, variants=TWO[:1], names=FEW, **options):
+def board(out, variants=TWO[:1], names=FEW, code=0, **options):
     """A small leaderboard as the command line starts it; returns its JSON."""
     options = leaderboard.LeaderboardOptions(
         variants=variants, methods=names, orders=2, json=True, **options
     )
     text = io.StringIO()
     with contextlib.redirect_stdout(text):
-        assert leaderboard.leaderboard(options, SMALL | {"out": str(out)}) == 0
+        assert leaderboard.leaderboard(options, SMALL | {"out": str(out)}) == code
     return json.loads(text.getvalue().splitlines()[-1])
 
 
@@ -52,19 +54,30 @@ def test_the_table(first):
     assert list(rows) == [*FEW, "zero_shot + seven", "vote + seven", "zero_shot + coop",
                           "vote + coop"]  # fmt: skip
     assert table["variants"] == table["decisive"] == TWO and table["seeds"] == 2
+    assert table["left_out"] == TWO[:1] and table["rest"] == TWO[1:] and table["failed"] == {}
     for row in rows.values():
-        assert row["online"] == (row["method"] == "tda")
+        assert row["kind"] == ("online" if row["method"] == "tda" else "episodic")
+        assert row["settings"] == "one"
         accuracies = [row["variants"][v]["accuracy"] for v in TWO]
         assert row["mean"] == pytest.approx(np.mean(accuracies)) == row["mean_shifted"]
         assert row["variants"][TWO[0]]["accuracy"] == pytest.approx(
             np.mean(row["variants"][TWO[0]]["by_seed"])
         )
-        gain, low, high = row["gain_over_zero_shot"]
-        assert gain == pytest.approx(row["mean"] - rows["zero_shot"]["mean"])
-        assert low <= gain <= high
+        assert row["mean_rest"] == row["mean_shifted_rest"] == accuracies[1]
+        assert list(row["gains"]) == ["zero_shot", "vote"]  # tpt is not among the rows
+        for name, gains in row["gains"].items():
+            base = rows[name]
+            for part, mean in (("shifted", "mean"), ("rest", "mean_rest")):
+                gain, low, high = gains[part]
+                assert gain == pytest.approx(row[mean] - base[mean])
+                assert low <= gain <= high
+            for v in TWO:
+                gain, low, high = row["variants"][v]["gains"][name]
+                both = (r["variants"][v]["accuracy"] for r in (row, base))
+                assert gain == pytest.approx(next(both) - next(both)) and low <= gain <= high
         assert sum(row["reliability"]["n"]) == 2 * 2 * 6
         assert row["seconds"] > 0 and row["bytes"] > 0
-        assert len(row["runs"]) == 2 * 2 * (2 if row["online"] else 1)
+        assert len(row["runs"]) == 2 * 2 * (2 if row["kind"] == "online" else 1)
     assert table["wins"]["vote"]["tda"][0] == pytest.approx(
         rows["vote"]["mean"] - rows["tda"]["mean"]
     )
@@ -86,8 +99,10 @@ def test_a_row_is_of_runs(first, out):
     first_run = hashes[vote["runs"][0]]
     assert vote["variants"][TWO[0]]["by_seed"][0] == metrics.accuracy(first_run.records)
     every = [hashes[name] for name in vote["runs"][:2]]
-    records = [r | {"id": (i, r["id"])} for i, run in enumerate(every) for r in run.records]
+    records = [r | {"id": f"{i} {r['id']}"} for i, run in enumerate(every) for r in run.records]
     assert vote["variants"][TWO[0]]["ece"] == pytest.approx(metrics.ece(records))
+    surer = np.mean([r["conf_after"] - (r["pred_after"] == r["target"]) for r in records])
+    assert vote["variants"][TWO[0]]["overconfidence"] == pytest.approx(surer)
     assert vote["variants"][TWO[0]]["log_prob"] == pytest.approx(-metrics.cross_entropy(records))
 
 
@@ -106,6 +121,53 @@ def test_a_second_time_computes_nothing_and_a_new_method_is_in(first, out, monke
     grid = read_yaml(REPO / "notebooks" / "sweeps" / "leaderboard.yaml", leaderboard.KEYS)
     cells, _ = leaderboard.cells_of(grid, TWO[:1], [], 1, 1, SMALL)
     assert "always_first" in [cell.label for cell in cells]
+
+
+def test_all_and_n_are_as_people_write_them(tmp_path):
+    grid = read_yaml(REPO / "notebooks" / "sweeps" / "leaderboard.yaml", leaderboard.KEYS)
+    asked = dict(methods=["vote"], seeds=1, orders=1, overrides={"reduced_size": 4})
+    found = [leaderboard.cells_of(grid, v, **asked) for v in ([], ["all"])]
+    assert found[0] == found[1] and list(found[0][1]) == grid["variants"]
+    asked |= dict(methods=[], orders=3)
+    counts = collections.Counter(c.label for c in leaderboard.cells_of(grid, TWO[:1], **asked)[0])
+    for name in methods.names():
+        if not (method := methods.get(name)).needs:  # all images at once: there is no order
+            assert counts[name] == (3 if method.kind == "online" else 1), name
+    assert counts["tda"] == 3
+
+
+def test_a_failing_row_costs_only_itself(first, out, monkeypatch):
+    def breaks(features, prompts, options):
+        raise ValueError("no such thing\nat all")
+
+    bad = methods.Method(breaks, methods.get("zero_shot").options)
+    monkeypatch.setitem(methods.registry.METHODS, "breaks", bad)
+    monkeypatch.setattr(leaderboard, "run_many", here)
+    table = board(out, TWO, [*FEW, "breaks"], code=1, seeds=2)
+    assert table["rows"] == first[1]["rows"]
+    assert table["failed"] == {"breaks": f"{TWO[0]}, seed 0: no such thing\nat all"}
+    assert "FAILED breaks: iconshift-a, seed 0: no such" in tables.text_table(table, {})
+    with pytest.raises(ValueError, match="every row failed, the first: breaks: iconshift-a"):
+        board(out, TWO[:1], ["breaks"])
+
+
+def here(configs, logs, jobs):
+    """``run_many`` in this process, which knows a method made by a test."""
+    for i, config in enumerate(configs):
+        try:
+            yield i, run(config, progress=False)
+        except ValueError as error:
+            yield i, error
+
+
+def test_the_table_for_people_has_a_part_for_each_kind_and_the_tails(first):
+    streams = {"tda": {"sorted": {"mean": 0.5, "tail": 0.123}}}
+    text = tables.text_table(first[1], streams)
+    episodic, online, notes = text.split("\n\n")
+    assert episodic.startswith("episodic\n") and online.startswith("online\n")
+    assert "tail, sorted" in online and "12.3" in online and "tail" not in episodic
+    assert "over vote (rest)" in episodic and "FAILED" not in text
+    assert notes.endswith("-iconshift-a: without it, iconshift-r")
 
 
 def test_what_is_in_depends_on_the_model(tmp_path):
