@@ -2,7 +2,10 @@
 
 from tpt_nb.core.messages import unknown
 from tpt_nb.methods import (
+    bca,
+    dota,
     dpe,
+    freetta,
     mta,
     online,
     onzeta,
@@ -36,6 +39,9 @@ METHODS: dict[str, Method] = {
     "contrast_vote": votes.CONTRAST_VOTE,
     "tda": online.TDA,
     "boostadapter": online.BOOSTADAPTER,
+    "dota": dota.METHOD,
+    "freetta": freetta.METHOD,
+    "bca": bca.METHOD,
     "onzeta": onzeta.METHOD,
     "dpe": dpe.METHOD,
     "stata": transductive.STATA,
