@@ -6,9 +6,9 @@ numbers come from PCG64's raw doubles, so a scene is the same picture on every m
 
 Variants mirror the five of the TPT paper: ``iconshift`` (source domain), ``iconshift-v2`` (fresh
 scenes of it), ``iconshift-a`` (small objects in clutter, adversarially filtered), ``iconshift-r``
-(unseen renditions), ``iconshift-sketch`` (monochrome). ``iconshift-dev`` (small source objects
-in clutter, for choosing learning rates) and ``iconshift-train`` (what MiniCLIP was trained on)
-complete them.
+(unseen renditions), ``iconshift-sketch`` (monochrome). ``iconshift-dev`` (small source objects in
+clutter) and ``iconshift-ink`` (source sprites drawn again in one ink) are for choosing settings,
+and ``iconshift-train`` is what MiniCLIP was trained on.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
 from tpt_nb.core.messages import unknown
 from tpt_nb.core.paths import DATA
@@ -46,6 +46,7 @@ class Variant:
     photos: str = "test"
     textures: tuple[str, ...] = TEXTURES
     size: int = 2000
+    ink: bool = False  # sprites are drawn again in one ink, see ``inked``
 
 
 VARIANTS = {
@@ -59,6 +60,13 @@ VARIANTS = {
         "2ce0fdd986a5ce8c", ("sketch",), (0.60, 0.95), textures=("plain", "gradient", "noisy")
     ),
     "iconshift-dev": Variant("180785a4affcd99a", ("source",), (0.20, 0.50), (4, 9)),
+    "iconshift-ink": Variant(
+        "7d1f3a9c52e8b046",
+        ("source",),
+        (0.60, 0.95),
+        textures=("plain", "gradient", "noisy"),
+        ink=True,
+    ),
     "iconshift-train": Variant(
         "509f398c4886ba49", ("source",), (0.30, 1.00), (0, 3), photos="train", size=1 << 30
     ),
@@ -154,7 +162,8 @@ def spec(variant: str, index: int) -> dict:
         "mirror": draw() < 0.5,
         "gains": [70 + int(draw() * 61) for _ in range(3)] if draw() < 0.5 else [100] * 3,
         "texture": v.textures[int(draw() * len(v.textures))],
-        "sketch": v.groups == ("sketch",),
+        "sketch": v.groups == ("sketch",) or v.ink,  # on paper
+        "ink": v.ink,
         "photos": v.photos,
     }
     room = max(0.0, 1 - out["side"])
@@ -222,6 +231,33 @@ def _distractor(canvas: ImageDraw.ImageDraw, draw, size: int) -> None:
         canvas.line(points, fill=colour, width=max(1, size // 40))
 
 
+def inked(sprite: Image.Image, manner: int) -> Image.Image:
+    """A source sprite drawn again in one ink, a development style: nothing of Sketch is in it.
+
+    ``manner`` 0 draws contours and inner lines, 1 contours with the darker half filled, 2 the whole
+    shape filled with the inner lines left blank.
+    """
+    threshold = [255 * (v > 60) for v in range(256)]
+    room = Image.new("RGBA", (sprite.width + 2, sprite.height + 2))  # the filter keeps the border
+    room.paste(sprite, (1, 1))
+    grey, alpha = room.convert("L"), room.getchannel("A").point([0] * 128 + [255] * 128)
+    blank = Image.new("L", room.size, 0)
+    lines = Image.composite(grey, Image.new("L", room.size, 255), alpha)
+    lines = lines.filter(ImageFilter.FIND_EDGES).point(threshold)
+    contour = alpha.filter(ImageFilter.FIND_EDGES).point(threshold)
+    if manner == 0:
+        ink = ImageChops.lighter(lines, contour)
+    elif manner == 1:
+        counts = np.cumsum(grey.histogram(alpha))
+        dark = grey.point([255 * bool(2 * n < counts[-1]) for n in counts])
+        ink = ImageChops.lighter(Image.composite(dark, blank, alpha), contour)
+    else:
+        inner = ImageChops.subtract(lines, contour.filter(ImageFilter.MaxFilter(3)))
+        ink = ImageChops.subtract(alpha, inner)
+    drawing = Image.merge("RGBA", (blank, blank, blank, ink))
+    return drawing.crop((1, 1, sprite.width + 1, sprite.height + 1))
+
+
 def compose(s: dict, size: int = SIDE) -> Image.Image:
     """Paint the scene with parameters ``s`` (from ``spec``) as an RGB image of ``size`` pixels."""
     draw = iter(s["paint"]).__next__
@@ -231,6 +267,8 @@ def compose(s: dict, size: int = SIDE) -> Image.Image:
     for _ in range(s["clutter"]):
         _distractor(canvas, draw, size)
     sprite = sprites(s["style"])[s["target"]]
+    if s["ink"]:
+        sprite = inked(sprite, int(3 * s["paint"][23]))  # the last number that no background takes
     if s["mirror"]:
         sprite = sprite.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     if s["angle"]:
