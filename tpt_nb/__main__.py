@@ -177,6 +177,17 @@ def leaderboard(argv: Sequence[str]) -> int:
     return do(options, values, spread)
 
 
+def streams(argv: Sequence[str]) -> int:
+    """online and transductive methods in many orders of the images"""
+    from tpt_nb.runs.streams import StreamsOptions
+    from tpt_nb.runs.streams import streams as do
+
+    own = fields_of(StreamsOptions)
+    values = parse("streams", streams.__doc__, run_fields() | own, argv)
+    options = StreamsOptions(**{name: values.pop(name) for name in own if name in values})
+    return do(options, values)
+
+
 def compare(argv: Sequence[str]) -> int:
     """two runs image by image: gain of the second"""
     values = parse("compare", compare.__doc__, fields_of(Compare), argv, {"run": 2})
@@ -267,7 +278,7 @@ def plan(argv: Sequence[str]) -> int:
 
 COMMANDS = {
     f.__name__: f
-    for f in (evaluate, sweep, leaderboard, compare, generate, download, plan, database)
+    for f in (evaluate, sweep, leaderboard, streams, compare, generate, download, plan, database)
 }
 
 

@@ -25,6 +25,7 @@ from tpt_nb.figures.lines import (
     lines,
     responses,
     scatter,
+    streams,
     unit_vectors,
 )
 from tpt_nb.figures.pictures import (
@@ -43,5 +44,5 @@ __all__ = [
     "COLOURS", "WIDTH", "bands", "boxed", "bundle", "calibration", "curves", "distributions",
     "dumbbells", "grouped_bars", "image_grid", "intervals", "labelled_boxes", "lines", "matrices",
     "patch_sheet", "prediction", "price", "ranked", "responses", "scatter", "setup", "show",
-    "stacked", "to_png", "two_scales", "unit_vectors", "waterfall", "wins",
+    "stacked", "streams", "to_png", "two_scales", "unit_vectors", "waterfall", "wins",
 ]

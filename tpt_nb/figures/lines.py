@@ -103,6 +103,39 @@ def lines(
     return parts.finish(fig)
 
 
+def streams(
+    kinds: Names,
+    series: dict[str, Sequence[tuple[float, float]]],
+    still: dict[str, float],
+    label: str = "accuracy (%)",
+    title: str = "",
+) -> Figure:
+    """Accuracy by kind of stream: a mark at the mean over the orders, a whisker to the tail.
+
+    Args:
+        series: name -> (mean, mean of the worst tenth) per kind; NaN leaves a place empty.
+        still: name -> accuracy of what knows no order: a line across, named at its end.
+    """
+    fig, axis = plt.subplots(figsize=(WIDTH, 3.6))
+    count = len(series)
+    for i, (name, values) in enumerate(series.items()):
+        mean, tail = np.asarray(values, float).T
+        x = np.arange(len(kinds)) + (i - (count - 1) / 2) * 0.6 / max(count, 1)
+        # from the seventh on, colours come again with other markers
+        style = {"color": CYCLE[i % 6], "marker": MARKERS[(i + i // 6) % 6], "label": name}
+        style |= {"linestyle": LINES[i % 6], "linewidth": 0.8, "elinewidth": 1.5}
+        axis.errorbar(x, mean, yerr=[np.maximum(mean - tail, 0), np.zeros_like(mean)], **style)
+    for i, (name, value) in enumerate(still.items()):
+        axis.axhline(value, color=GREY, linewidth=1.2, linestyle=LINES[i % 4], zorder=0)
+        style = {"va": "center", "color": GREY, "annotation_clip": False, "fontsize": 8}
+        at = axis.get_yaxis_transform()
+        parts.note(axis, name, (1, value), (4, 0), xycoords=at, **style)
+    axis.set_xticks(range(len(kinds)), kinds)
+    axis.set_xlim(-0.5, len(kinds) - 0.5)
+    parts.name_axes(axis, "", label, title, grid="y")
+    return parts.finish(fig)
+
+
 def bands(
     panels: Curves,
     x_label: str,
