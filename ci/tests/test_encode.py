@@ -220,6 +220,57 @@ def test_kill_in_mid_encode_then_resume(tmp_path):
     assert len(log.read_text()) - 2 * finished in (0, 1, 2)
 
 
+SHARED = """
+gate = Path(sys.argv[2])
+(gate / str(os.getpid())).touch()
+while len(list(gate.iterdir())) < 2:
+    time.sleep(0.005)
+done = run(24, Path(sys.argv[1]), Encoder(Path(sys.argv[3]), delay=0.05), workers=int(sys.argv[4]))
+print(done.encoded)
+torch.save(done.features, f"{sys.argv[3]}.{os.getpid()}")
+"""
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_two_processes_share_the_work(tmp_path, workers):
+    """Each image is encoded once, by one of them, and both have all."""
+    cache, gate, log = tmp_path / "cache", tmp_path / "gate", tmp_path / "log"
+    gate.mkdir()
+    both = [script(SHARED, cache, gate, log, workers, stdout=subprocess.PIPE) for _ in range(2)]
+    counts = [int(process.communicate(timeout=240)[0].split()[-1]) for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert sum(counts) == len(log.read_text()) == 24 and min(counts) > 0
+    expected = run(24, tmp_path / "alone").features
+    for path in tmp_path.glob("log.*"):
+        assert torch.equal(torch.load(path), expected)
+
+
+def test_what_a_killed_process_had_claimed_is_encoded_by_another(tmp_path):
+    cache, log = tmp_path / "cache", tmp_path / "log"
+    code = "run(8, Path(sys.argv[1]), Encoder(Path(sys.argv[2]), delay=0.3))"
+    first = script(code, cache, log)
+    deadline = time.time() + 120
+    while not log.exists() and time.time() < deadline:  # it has claimed its first shard
+        time.sleep(0.005)
+    second = script(code, cache, log)
+    while len(log.read_text()) < 3 and time.time() < deadline:
+        time.sleep(0.005)
+    first.kill()
+    assert second.wait(120) == 0 and first.wait(30) != 0
+    assert run(8, cache).encoded == 0
+    assert same(run(8, cache), run(8, tmp_path / "alone"))
+
+
+def test_without_locks_the_work_is_done_all_the_same(tmp_path, monkeypatch):
+    import fcntl
+
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    assert run(5, tmp_path).encoded == 5
+
+
 def test_interrupt_keeps_even_the_unfinished_shard(tmp_path):
     class Stopped(Encoder):
         def encode_views(self, views):

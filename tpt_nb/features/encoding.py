@@ -16,9 +16,10 @@ import shutil
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -28,8 +29,10 @@ from torch.utils.data import DataLoader, Dataset
 from tpt_nb import views
 from tpt_nb.core.images import as_rgb, view_seed
 from tpt_nb.core.messages import bar as progress_bar
+from tpt_nb.core.messages import say_once
 from tpt_nb.core.paths import cache_dir
 from tpt_nb.features.shards import (
+    Claims,
     Features,
     Store,
     cache_key,
@@ -76,16 +79,28 @@ def encode(
     folder = None
     if cache is not False:
         folder = open_folder(Path(cache or cache_dir()), cache_key(dataset, clip, augmenter, seed))
-    store = Store(ids)
-    for record in read_shards(folder, store.position):
+    store, known = Store(ids), set()
+    for record in read_shards(folder, store.position, known):
         store.put(**record)
-    missing = [i for i, there in enumerate(store.there) if not there]
-    name, done = f"encode {dataset.name}", len(ids) - len(missing)
-    with progress_bar(len(ids), done, name, progress and bool(missing), "image") as bar:
-        failed = _fill(
-            store, dataset, clip, augmenter, seed, missing, workers, bar,
-            shard, lambda chosen: write_shard(folder, store, chosen),
-        )  # fmt: skip
+    done = sum(store.there)
+    if workers is None:
+        workers = _auto_workers(len(ids) - done, clip, augmenter)
+    failed, encoded, later = [], 0, []
+    name = f"encode {dataset.name}"
+    with progress_bar(len(ids), done, name, progress and done < len(ids), "image") as bar:
+        for others in (False, True):  # then what others had claimed, if it is still missing
+            claims = Claims(folder)
+            todo = _todo(store, folder, known, claims, shard, bar, later, others)
+            first = next(todo, None) if done < len(ids) else None
+            try:
+                if first is not None:
+                    some, count = _fill(
+                        store, dataset, clip, augmenter, seed, chain([first], todo), workers,
+                        bar, shard, lambda chosen: write_shard(folder, store, chosen),
+                    )  # fmt: skip
+                    failed, encoded = failed + some, encoded + count
+            finally:
+                claims.close()
 
     good = [i for i, there in enumerate(store.there) if there]
     if failed:
@@ -101,22 +116,51 @@ def encode(
         ids=[ids[i] for i in good],
         failed=failed,
         seconds=float(store.seconds.sum()),
-        encoded=len(missing) - len(failed),
+        encoded=encoded,
     )
 
 
+def _todo(
+    store: Store, folder: Path | None, known: set[str], claims: Claims, shard: int, bar,
+    later: list[range], others: bool,
+) -> Iterator[int]:  # fmt: skip
+    """The missing images of a data set, in its order, that are this process's to encode.
+
+    Two processes that want the same features share them, ``shard`` images at a time. Those that
+    another one has claimed are put into ``later``; with ``others`` these are waited for, and what
+    is then still missing is encoded here.
+    """
+    n = len(store.ids)
+    chunks = later if others else [range(i, min(n, i + shard)) for i in range(0, n, shard)]
+    for chunk in chunks:
+        if all(store.there[i] for i in chunk):
+            continue
+        ids = store.ids[chunk.start : chunk.stop]
+        if not claims.take(ids):
+            if not others:
+                later.append(chunk)
+                continue
+            say_once("another process is encoding the same images: waiting for it")
+            claims.take(ids, wait=True)
+        for record in read_shards(folder, store.position, known):  # another's, meanwhile
+            bar.update(not store.there[record["i"]])
+            store.put(**record)
+        yield from (i for i in chunk if not store.there[i])
+
+
 def _fill(
-    store: Store, dataset, clip, augmenter, seed: int, missing: list[int], workers: int | None,
+    store: Store, dataset, clip, augmenter, seed: int, todo: Iterable[int], workers: int,
     bar, shard: int, write: Callable[[list[int]], None],
-) -> list[dict]:  # fmt: skip
-    """Encode the ``missing`` images of a data set into the store, image by image, in this order.
+) -> tuple[list[dict], int]:  # fmt: skip
+    """Encode images of a data set into the store, image by image, in this order.
 
     ``write`` gets the positions of every ``shard`` encoded images, and of the rest at the end or
-    when it is interrupted. Returns a dict (id, path, error) per image that cannot be decoded.
+    when it is interrupted. Returns a dict (id, path, error) per image that cannot be decoded, and
+    how many were encoded.
     """
-    failed, buffer = [], []
+    failed, buffer, count = [], [], 0
     start = time.perf_counter()
-    loaded = _load(dataset, augmenter, seed, missing, clip, workers)
+    loaded = _load(dataset, augmenter, seed, todo, clip, workers)
     writer = _Writer(write) if device_of(clip).type == "cuda" else None
     write = writer.put if writer else write
     try:
@@ -125,6 +169,7 @@ def _fill(
                 now = time.perf_counter()
                 store.put(i, row, target, now - start)
                 start = now
+                count += 1
                 buffer.append(i)
             else:
                 paths = getattr(dataset, "paths", None)
@@ -140,7 +185,7 @@ def _fill(
             write(buffer)
         if writer:
             writer.close()
-    return failed
+    return failed, count
 
 
 class _Writer:
@@ -240,15 +285,13 @@ class _Views(Dataset):
         return len(self.dataset)
 
 
-def _load(dataset, augmenter, seed: int, indices: list[int], clip, workers: int | None) -> Iterator:
-    if workers is None:
-        workers = _auto_workers(len(indices), clip, augmenter)
+def _load(dataset, augmenter, seed: int, indices: Iterable[int], clip, workers: int) -> Iterator:
     return iter(
         DataLoader(
             _Views(dataset, augmenter, seed, planned(clip, augmenter)),
             sampler=indices,
             batch_size=None,
-            num_workers=workers if indices else 0,
+            num_workers=workers,
             pin_memory=device_of(clip).type == "cuda",
             # a generator of its own: DataLoader would draw from (and so change) the global one
             generator=torch.Generator(),

@@ -6,7 +6,7 @@ images are asked for, so a run on 50 images reuses what a run on 20 left behind,
 round. ``manifest.json`` spells the key out. Each shard is a safetensors file that lists its image
 ids and a checksum; a file with a shard's name is complete. There is no index to fall out of step:
 killed at any moment, the next run finds the finished shards and encodes the rest. Two processes on
-one key do some work twice and harm nothing.
+the same images share the work, shard by shard (:class:`Claims`).
 """
 
 import errno
@@ -193,12 +193,19 @@ def read_shard(path: Path, wanted: Container[str]) -> tuple[list[str], dict]:
     return about["ids"], tensors
 
 
-def read_shards(folder: Path | None, wanted: Mapping[str, int]) -> Iterator[dict]:
+def read_shards(
+    folder: Path | None, wanted: Mapping[str, int], known: set[str] | None = None
+) -> Iterator[dict]:
     """What the shards hold of the wanted images (id -> i), as :meth:`Store.put` takes it.
 
-    A damaged shard is dropped, with a warning.
+    A damaged shard is dropped, with a warning. Files in ``known`` are left out; it grows by those
+    that are read.
     """
+    known = set() if known is None else known
     for path in sorted(folder.glob("*.safetensors")) if folder else ():
+        if path.name in known:
+            continue
+        known.add(path.name)
         try:
             ids, tensors = read_shard(path, wanted)
         except FileNotFoundError:  # another process dropped it
@@ -216,3 +223,37 @@ def read_shards(folder: Path | None, wanted: Mapping[str, int]) -> Iterator[dict
                 row, target, seconds = (tensors[name][k] for name in TENSORS)
                 about = {"target": int(target), "seconds": float(seconds)}
                 yield {"i": wanted[image_id], "features": row, **about}
+
+
+class Claims:
+    """Which images this process encodes, while others want the same ones.
+
+    A claim is a lock on one byte of a file beside the shards. The operating system gives it back
+    when the process ends, however it ends. Where there are no such locks everything is ours: work
+    is then done twice, and harms nothing.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self.file = None
+        with suppress(ImportError, OSError):  # Windows; a folder that may only be read
+            import fcntl
+
+            self.lock = fcntl.lockf
+            self.mode = {False: fcntl.LOCK_EX | fcntl.LOCK_NB, True: fcntl.LOCK_EX}
+            self.file = open(folder / ".claims", "ab") if folder else None  # noqa: SIM115
+
+    def take(self, ids: list[str], wait: bool = False) -> bool:
+        """Claim these images, or say that they are another's; ``wait`` until they are not."""
+        if self.file is None:
+            return True
+        place = int(hashlib.sha256("\0".join(ids).encode()).hexdigest()[:12], 16)
+        try:
+            self.lock(self.file, self.mode[wait], 1, place)
+        except OSError as error:
+            return error.errno not in (errno.EAGAIN, errno.EACCES)  # else: there are no locks here
+        return True
+
+    def close(self) -> None:
+        """Give all of them back."""
+        if self.file:
+            self.file.close()
