@@ -131,10 +131,11 @@ def _streams(x: Tensor, text: Tensor, scale: Tensor, rows: Tensor, options: Opti
     out = text.new_empty(*rows.shape, len(text))
     for i in range(rows.shape[1]):
         views = x[rows[:, i]]
-        unit = F.normalize(state.text, dim=-1)
+        length = state.text.norm(dim=-1, keepdim=True)
+        unit = state.text / length
         query, at, sure = _confident(views, unit, scale, options.rho)
-        _remember(state, query, at, sure)
-        new_text, new_keys = _evolve(state, query, scale, options)
+        _remember(state, query, at, sure, unit, length)
+        new_text, new_keys = _evolve(state, query, unit, length, scale, options)
         if options.predict == "confident":
             query, _, _ = _confident(views, new_text, scale, options.rho)
         else:
@@ -173,15 +174,15 @@ def _confident(
     return take(views, chosen).mean(1), kept.mean(1).argmax(-1), entropy(log_mean_prob(kept))
 
 
-def _remember(state: State, query: Tensor, at: Tensor, h: Tensor) -> None:
+def _remember(state: State, query: Tensor, at: Tensor, h: Tensor, *by_place: Tensor) -> None:
     """Put each stream's image in place of the worst of its class, if it is better.
 
     ``at`` [o] is where that class stands; if it is new, it changes places with the first that is
-    not held.
+    not held, also in the tensors ``by_place`` [o,C,...].
     """
     stream = torch.arange(len(at), device=at.device)
     to = torch.minimum(at, state.held)
-    for rows in (state.text, state.classes):
+    for rows in (state.text, state.classes, *by_place):
         rows[stream, at], rows[stream, to] = rows[stream, to], rows[stream, at]
     state.place[stream, state.classes[stream, at]] = at
     state.place[stream, state.classes[stream, to]] = to
@@ -202,15 +203,16 @@ def _cached(state: State, query: Tensor, keys: Tensor, options: Options) -> Tens
     return options.cache_alpha * affinity * state.mask
 
 
-def _evolve(state: State, query: Tensor, scale: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+def _evolve(
+    state: State, query: Tensor, text: Tensor, length: Tensor, scale: Tensor, options: Options
+) -> tuple[Tensor, Tensor]:
     """Text prototypes ``[o,C,D]`` and image prototypes ``[o,P,D]`` after the step, of length 1.
 
-    The gradient in closed form, in the normalised prototypes.
+    The gradient in closed form, in the normalised prototypes: ``text`` are those of the text, and
+    ``length`` [o,C,1] is what they were.
     """
     mask = state.mask
     p = mask.shape[1]
-    length = state.text.norm(dim=-1, keepdim=True)
-    text = state.text / length
     size = state.keys[:, :p].norm(dim=-1, keepdim=True).clamp_min(1e-12)
     keys = state.keys[:, :p] / size
     cached = _cached(state, query, keys, options)
