@@ -13,6 +13,7 @@ from tpt_nb.methods.tuning import (
     check_tuning,
     first_step,
     images_per_pass,
+    images_per_product,
     loss_of,
     mixed_precision,
     prepare_loss,
@@ -70,8 +71,7 @@ def tpt(features: Tensor, prompts: Prompts, options: Options) -> Adapted:
         start = Start(prompts, by_matrix)
         text_of = start.tangent if exact == "tangent" else prompts.text_features
         size = options.batch or images_per_pass(prompts, steps)
-        # a product with the matrix reads all of it: for more images than fit the pass behind it
-        group = max(size, 32) if by_matrix and steps == 1 and options.batch is None else size
+        group = size if steps > 1 or options.batch else images_per_product(size, start)
         chunks = [
             _tpt_fast(chunk, prompts, start, text_of, loss_fn, rho, lr, steps, optimizer, size)
             for chunk in features.split(group)

@@ -42,6 +42,7 @@ from tpt_nb.models import Prompts, project_text, text_tower
 
 OPTIMIZERS = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
 WORTH = 1.5  # the Jacobian costs about as much as this many gradients per row, d rows per class
+PRODUCT = 32  # images per product with the Jacobian, at least
 LR = 5e-3  # TPT's
 
 
@@ -247,6 +248,14 @@ def images_per_pass(prompts: Prompts, steps: int) -> int:
     return max(1, budget // widest)
 
 
+def images_per_product(size: int, start: Start) -> int:
+    """So many images whose gradients are taken at once, where ``size`` pass the tower at once.
+
+    A product with the Jacobian reads all of the matrix, so it waits for more images than that.
+    """
+    return size if start.jacobian is None else max(size, PRODUCT)
+
+
 def check_tuning(features: Tensor, prompts: Prompts, options: TuningOptions) -> float:
     """The learning rate; ``ValueError`` for wrong features and prompts without a context."""
     check_features(features, prompts)
@@ -282,15 +291,18 @@ def one_step(
         extra = of_text(prompts.text_features(leaf))
         (g_extra,) = torch.autograd.grad(extra, leaf)
     outs: list[tuple[Tensor, ...]] = []
-    for x in features.to(weight).split(images_per_pass(prompts, 1)):
+    size = images_per_pass(prompts, 1)
+    for x in features.to(weight).split(images_per_product(size, start)):
         logits = (scale * x @ start.text.T).requires_grad_(True)
         chosen = torch.vmap(lambda z: loss.select(z, rho_))(logits.detach())
         each = torch.vmap(lambda z, i: loss(z, rho_, i))(logits, chosen)
         (g_logits,) = torch.autograd.grad(each.sum(), logits)
         g_ctx = start.pull_back(g_logits, logits.detach(), x, scale) + g_extra
         ctx = first_step(start.ctx.detach(), g_ctx, lr, "adamw").detach()
+        parts = zip(x.split(size), ctx.split(size), chosen.split(size), strict=True)
         with torch.no_grad():
-            after = predict(x, prompts.text_features(ctx).to(x.dtype), chosen)
+            text = prompts.text_features
+            after = torch.cat([predict(f, text(c).to(x.dtype), i) for f, c, i in parts])
         value = (each + extra).detach()
         outs.append((after, logits[:, 0].detach(), value, as_mask(chosen, x), ctx))
     return Adapted(*back(features, *(torch.cat(t) for t in zip(*outs, strict=True))))
