@@ -52,7 +52,7 @@ class LeaderboardOptions:
     n: int | None = setting(None, "images of each data set, as --reduced_size; 0: all")
     methods: list[str] = setting((), "only these; default: every one")
     seeds: int = setting(1, "of the views")
-    orders: int = setting(3, "of the stream per seed, for methods that have one")
+    orders: int = setting(1, "of the stream per seed; streams asks for a hundred")
     jobs: int = setting(1, "runs at a time; more than one makes the seconds longer")
     grid: str = setting(str(REPO / "notebooks" / "sweeps" / "leaderboard.yaml"), "YAML file")
     json: bool = setting(False, "end with one JSON object on a line")
