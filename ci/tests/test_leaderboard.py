@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from tpt_nb import datasets, methods, metrics
+from tpt_nb import methods, metrics
 from tpt_nb.core.paths import REPO
-from tpt_nb.datasets.damage import CORRUPTIONS, corrupt, corrupted
 from tpt_nb.runs import board as tables
 from tpt_nb.runs import leaderboard, load_run, run
 from tpt_nb.runs.sweep import read_yaml
@@ -258,35 +257,3 @@ def test_reliability_is_what_ece_is_made_of():
     gap = (bins.n * (bins.accuracy - bins.confidence).abs()).sum() / 500
     assert gap == pytest.approx(metrics.ece(table))
     assert bins.n.sum() == 500
-
-
-# --- damage --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", CORRUPTIONS)
-def test_damage_grows_with_severity(kind):
-    image, _ = datasets.load("iconshift-v2", n=1)[0]
-    plain = np.asarray(image.convert("RGB"), float)
-    found = [corrupt(image, kind, s, seed=1) for s in (1, 2, 3, 4, 5)]
-    change = [np.abs(np.asarray(x, float) - plain).mean() for x in found]
-    assert all(x.size == image.size and x.mode == "RGB" for x in found)
-    assert change == sorted(change) and change[0] > 0
-    again = corrupt(image, kind, 3, seed=1)
-    assert np.array_equal(np.asarray(again), np.asarray(found[2]))
-
-
-def test_a_damaged_data_set_is_another_one():
-    clean = datasets.load("iconshift-v2", n=3)
-    noisy = corrupted(clean, "noise", 2)
-    assert noisy.ids == clean.ids and noisy.targets == clean.targets
-    assert noisy.name != clean.name and noisy.fingerprint != clean.fingerprint
-    assert len({corrupted(clean, k, s).fingerprint for k in CORRUPTIONS for s in (1, 5)}) == 10
-    one, again = (np.asarray(noisy[1][0]) for _ in range(2))
-    assert np.array_equal(one, again)
-    two = np.asarray(corrupted(clean, "noise", 2)[2][0])
-    clean_noise = [np.asarray(noisy[i][0], int) - np.asarray(clean[i][0], int) for i in (1, 2)]
-    assert not np.array_equal(*clean_noise) and two.shape == one.shape
-    with pytest.raises(ValueError, match="Known: noise"):
-        corrupted(clean, "rain", 1)
-    with pytest.raises(ValueError, match="severity"):
-        corrupted(clean, "noise", 6)

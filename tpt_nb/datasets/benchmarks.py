@@ -10,6 +10,7 @@ would tell.
 """
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from tpt_nb.datasets.imagenet import (
     check_synsets,
     has_class_folders,
     imagenet_classes,
+    of_damage,
 )
 from tpt_nb.datasets.official import Items, aircraft, by_torchvision, cub, resisc, sun
 from tpt_nb.datasets.splits import from_split
@@ -69,6 +71,8 @@ BENCHMARKS = {
     "imagenet-sketch": Benchmark(1000, 50_889,
         "sketch images imagenet-sketch/images imagenet-sketch/sketch imagenet-sketch "
         "ImageNet-Sketch/sketch ImageNet-Sketch"),
+    "imagenet-c": Benchmark(1000, 50_000,
+        "imagenet-c imagenet-c/imagenet-c ImageNet-C imagenet_c ImageNet-C/imagenet-c"),
     "caltech101": Benchmark(100, 2_465, "caltech-101 caltech101 Caltech101",
         split="split_zhou_Caltech101.json",
         images=("101_ObjectCategories", "caltech-101/101_ObjectCategories", "images", "")),
@@ -142,6 +146,33 @@ def load(
     if place is None:
         raise _not_here(name, root)
     return _imagenet(name, place, class_folders(place), classnames)
+
+
+def load_imagenet_c(
+    damage: str,
+    severity: int,
+    root: str | Path,
+    classnames: Mapping[str, str] | Sequence[str] | None = None,
+) -> Dataset:
+    """One damage of ImageNet-C at one severity, from the JPEG files that its authors made.
+
+    The name is ``imagenet-c/<damage>/<severity>``; labels are the synsets that name the class
+    folders. Arguments and errors: see :func:`load` and :func:`tpt_nb.datasets.imagenet.of_damage`.
+    """
+    path = f"{damage}/{severity}"
+    if is_remote(root):
+        root = str(root).rstrip("/")
+        place, folders = (root if root.endswith(f"/{path}") else f"{root}/{path}"), None
+    else:
+        root = Path(root)
+        if not root.is_dir():
+            raise FileNotFoundError(f"{root} {'is a file' if root.exists() else 'does not exist'}")
+        place = of_damage(root, BENCHMARKS["imagenet-c"].places, damage, severity)
+        folders = class_folders(place)
+    data = _imagenet("imagenet-c", place, folders, classnames)
+    # two damages of few images might have files of the same sizes
+    print_ = hashlib.sha256(f"{data.fingerprint}/{path}".encode()).hexdigest()
+    return dataclasses.replace(data, name=f"imagenet-c/{path}", fingerprint=print_)
 
 
 def _imagenet(name: str, place: str | Path, folders: list[str] | None, classnames) -> Dataset:

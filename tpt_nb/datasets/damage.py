@@ -1,13 +1,14 @@
-"""Damaged copies of a data set: noise, blur, JPEG artefacts, lost colour, at five severities.
+"""Damaged copies of a data set, at five severities.
 
-In the spirit of ImageNet-C (Hendrycks and Dietterich, "Benchmarking Neural Network Robustness to
-Common Corruptions and Perturbations", ICLR 2019), for images of any size: strengths are relative
-to the shorter side. The damage of an image depends on its id, the kind and the severity only.
+Five kinds of our own (noise, blur, JPEG artefacts, lost colour, outlines), on which methods were
+developed, and the fifteen of ImageNet-C (:mod:`tpt_nb.datasets.imagenet_c`). For images of any
+size: strengths are relative to the shorter side. The damage of an image depends on its id, the kind
+and the severity only.
 """
 
 import hashlib
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,6 +17,7 @@ from PIL import Image, ImageFilter, ImageOps
 from tpt_nb.core.images import as_rgb, view_seed
 from tpt_nb.core.messages import unknown
 from tpt_nb.datasets.dataset import Dataset
+from tpt_nb.datasets.imagenet_c import DAMAGES
 
 VERSION = 1  # raise it when the pixels change
 SEVERITIES = (1, 2, 3, 4, 5)
@@ -60,6 +62,7 @@ CORRUPTIONS: dict[str, Callable[[Image.Image, int, np.random.Generator], Image.I
     "jpeg": _jpeg,
     "grey": _grey,
     "outline": _outline,
+    **DAMAGES,
 }
 
 
@@ -69,7 +72,7 @@ def corrupt(image: Image.Image, kind: str, severity: int, seed: int = 0) -> Imag
     Raises:
         ValueError: unknown kind (lists the known ones), severity other than 1 to 5.
     """
-    _check(kind, severity)
+    check_damage(kind, severity)
     return CORRUPTIONS[kind](as_rgb(image), severity, np.random.default_rng(seed))
 
 
@@ -86,7 +89,7 @@ class _Damaged:
 
 def corrupted(dataset: Dataset, kind: str, severity: int) -> Dataset:
     """The data set with every image damaged; same ids and targets, another name and fingerprint."""
-    _check(kind, severity)
+    check_damage(kind, severity)
     text = f"{dataset.fingerprint}/{kind}/{severity}/{VERSION}"
     return replace(
         dataset,
@@ -97,8 +100,9 @@ def corrupted(dataset: Dataset, kind: str, severity: int) -> Dataset:
     )
 
 
-def _check(kind: str, severity: int) -> None:
-    if kind not in CORRUPTIONS:
-        raise ValueError(unknown("corruption", kind, CORRUPTIONS))
+def check_damage(kind: str, severity: int, known: Iterable[str] = CORRUPTIONS) -> None:
+    """Raise ``ValueError`` for an unknown kind or another severity than 1 to 5."""
+    if kind not in known:
+        raise ValueError(unknown("corruption", kind, known))
     if severity not in SEVERITIES:
         raise ValueError(f"severity is {severity!r}; it must be a whole number from 1 to 5.")

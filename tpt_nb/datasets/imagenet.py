@@ -1,4 +1,4 @@
-"""The ImageNet family: synsets, class folders, order."""
+"""The ImageNet family: synsets, class folders, order, and where the damages of ImageNet-C lie."""
 
 import csv
 import functools
@@ -6,8 +6,12 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from tpt_nb.core.messages import unknown
 from tpt_nb.core.paths import DATA
 from tpt_nb.datasets.folder import spelling
+from tpt_nb.datasets.imagenet_c import ARCHIVES
+
+ARCHIVE_OF = {damage: archive for archive, damages in ARCHIVES.items() for damage in damages}
 
 SYNSET = re.compile(r"n\d{8}")
 
@@ -32,6 +36,44 @@ def has_class_folders(place: Path) -> bool:
         SYNSET.fullmatch(p.name) or (p.name.isdecimal() and len(p.name) < 4)
         for p in place.iterdir()
         if p.is_dir()
+    )
+
+
+def of_damage(root: Path, shelves: Sequence[str], damage: str, severity: int) -> Path:
+    """The folder ``<damage>/<severity>`` of ImageNet-C below a root, or the root itself if it is.
+
+    Args:
+        shelves: folders of the root in which the damages may lie. The archives may have been
+            unpacked side by side, as they are meant to, or each in a folder of its own.
+    Raises:
+        ValueError: no damage of ImageNet-C, or the root is the folder of another one.
+        FileNotFoundError: it is not there; the message says which archive has it.
+    """
+    if damage not in ARCHIVE_OF:
+        raise ValueError(unknown("damage of ImageNet-C", damage, ARCHIVE_OF))
+    archive, wanted = ARCHIVE_OF[damage], f"{damage}/{severity}"
+    *_, above, last = ("", *root.resolve().parts)
+    if last in ARCHIVE_OF or (above in ARCHIVE_OF and last.isdecimal()):
+        given = last if last in ARCHIVE_OF else f"{above}/{last}"
+        if given not in (damage, wanted):
+            raise ValueError(
+                f"{root} is the folder of {given}, not of {wanted}; give the folder that holds all "
+                "damages."
+            )
+        places = [root if given == wanted else root / str(severity)]
+    else:
+        inner = ("", archive, damage, f"{archive}/{archive}")
+        places = [root / shelf / folder / wanted for shelf in shelves for folder in inner]
+    for place in places:
+        if place.is_dir() and has_class_folders(place):
+            return place
+    near = next((p for p in [*places, *(p.parent for p in places), root] if p.is_dir()), root)
+    names = sorted(p.name for p in near.iterdir())
+    shown = ", ".join(names[:6]) + (" ..." if len(names) > 6 else "") if names else "nothing"
+    raise FileNotFoundError(
+        f"imagenet-c/{wanted} is not in {root}: expected images in {wanted}/n01440764/ and so on, "
+        f"there or in its folder imagenet-c; {near} holds {shown}. {damage} is in {archive}.tar of "
+        "https://zenodo.org/record/2235448."
     )
 
 

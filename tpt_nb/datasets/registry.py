@@ -3,6 +3,9 @@
 The embedded IconShift variants are always there; ``folder`` reads any tree of class folders, here
 or remote; the field's sets (ImageNet and its variants, the cross-domain ones) are read from where
 they are kept, and downloaded where their authors let one.
+
+A name may be followed by a damage and its severity: ``iconshift-v2/fog/3`` is IconShift-V2 in fog,
+``imagenet-c/fog/3`` the images that ImageNet-C has of it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,8 +18,10 @@ from tpt_nb.core.messages import unknown
 from tpt_nb.core.paths import datasets_dir
 from tpt_nb.datasets import benchmarks, iconshift
 from tpt_nb.datasets.benchmarks import BENCHMARKS
+from tpt_nb.datasets.damage import CORRUPTIONS, check_damage, corrupted
 from tpt_nb.datasets.dataset import Dataset, balanced_subset, subset
 from tpt_nb.datasets.folder import load_folder
+from tpt_nb.datasets.imagenet import ARCHIVE_OF
 from tpt_nb.datasets.sources import how_to_get
 
 ICONSHIFT = tuple(v for v in iconshift.VARIANTS if v != "iconshift-train")
@@ -45,6 +50,22 @@ def _benchmark(name: str, root, classnames) -> Dataset:
     return benchmarks.load(name, root or _default_root(name), classnames)
 
 
+def _imagenet_c(damage: str, severity: int, root, classnames) -> Dataset:
+    root = root or _default_root("imagenet-c")
+    return benchmarks.load_imagenet_c(damage, severity, root, classnames)
+
+
+def _corrupted(name: str, damage: str, severity: int, root, classnames) -> Dataset:
+    return corrupted(get(name)(root, classnames), damage, severity)
+
+
+def _which_damage(root, classnames) -> Dataset:
+    raise ValueError(
+        "imagenet-c is 75 data sets: say which damage and which severity, 1 to 5, as in "
+        "imagenet-c/fog/3."
+    )
+
+
 def _default_root(name: str) -> Path:
     """Where the data set is, if it was downloaded or put into the usual folder."""
     usual = datasets_dir()
@@ -64,6 +85,7 @@ DATASETS: dict[str, Loader] = {
     **{name: partial(_iconshift, name) for name in ICONSHIFT},
     "folder": _folder,
     **{name: partial(_benchmark, name) for name in BENCHMARKS},
+    "imagenet-c": _which_damage,
 }
 
 
@@ -73,10 +95,25 @@ def names() -> list[str]:
 
 
 def get(name: str) -> Loader:
-    """``loader(root, classnames)`` of a data set. ``ValueError`` names the closest known one."""
-    if name not in DATASETS:
-        raise ValueError(unknown("data set", name, DATASETS))
-    return DATASETS[name]
+    """``loader(root, classnames)`` of a data set, damaged if its name says so (see above).
+
+    Raises ``ValueError`` with the closest known one for an unknown name, damage or severity.
+    """
+    base, *damage = name.split("/") if name not in DATASETS else [name]
+    if base not in DATASETS:
+        raise ValueError(unknown("data set", base, DATASETS))
+    if not damage:
+        return DATASETS[base]
+    if len(damage) != 2 or not damage[1].isdecimal():
+        raise ValueError(
+            f"data set {name!r}: a damaged one is named <data set>/<damage>/<severity>, with a "
+            f"severity from 1 to 5, as {base}/fog/3."
+        )
+    kind, severity = damage[0], int(damage[1])
+    check_damage(kind, severity, ARCHIVE_OF if base == "imagenet-c" else CORRUPTIONS)
+    if base == "imagenet-c":
+        return partial(_imagenet_c, kind, severity)
+    return partial(_corrupted, base, kind, severity)
 
 
 def register(name: str, loader: Loader) -> None:
@@ -94,7 +131,7 @@ def load(
     """A data set by name, or a class-balanced subset of ``n`` images of it.
 
     Args:
-        name: one of :func:`names`.
+        name: one of :func:`names`, or such a name with a damage (see the module's text).
         n: how many images; None or 0 for all.
         seed: chooses the subset (and nothing else).
         root: for ``folder``: a folder with one folder of images per class. For the field's sets:
@@ -116,4 +153,5 @@ def load(
 
 def template(name: str) -> str:
     """The sentence that CoOp (RA-TTA, where CoOp has none) uses for a data set."""
-    return BENCHMARKS[name].template if name in BENCHMARKS else "a photo of a {}."
+    base = name.split("/")[0]
+    return BENCHMARKS[base].template if base in BENCHMARKS else "a photo of a {}."

@@ -115,6 +115,9 @@ SOURCES: dict[str, tuple[Source, ...]] = {
 BY_HAND = {
     "imagenet": "Register at image-net.org, download ILSVRC2012_img_val.tar and the devkit of task "
     "1 and 2, and sort the images with torchvision.datasets.ImageNet(root, split='val').",
+    "imagenet-c": "Download blur.tar, digital.tar, noise.tar and weather.tar (extra.tar has four "
+    "more damages) from https://zenodo.org/record/2235448 and unpack them side by side in a folder "
+    "imagenet-c, which then holds imagenet-c/<damage>/<severity>/<synset>/*.JPEG.",
     "stanford-cars": "Its server is gone; copies are on Kaggle (for example "
     "jessicali9530/stanford-cars-dataset). CoOp's split file is on Google Drive, "
     "1ObCFbaAgVu0I-k_Au-gIUcefirdAuizT.",

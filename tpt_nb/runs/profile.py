@@ -28,8 +28,7 @@ def resolve(config: RunConfig) -> tuple[RunConfig, str]:
     changed: dict = {"profile": profile}
     changed["dataset"] = dataset if config.dataset == "auto" else config.dataset
     changed["model"] = model if config.model == "auto" else config.model
-    if changed["dataset"] not in datasets.names():
-        raise ValueError(unknown("data set", changed["dataset"], datasets.names()))
+    datasets.get(changed["dataset"])  # raises if there is none of this name
     if config.profile == "full":
         bring(changed["dataset"], changed["model"], config.root)
     changed["device"] = _device(config.device)

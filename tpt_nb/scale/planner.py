@@ -49,14 +49,14 @@ def width(model: str) -> int:
 
 def sizes(dataset: str) -> tuple[int, int]:
     """Images and classes of a data set, which need not be here."""
+    datasets.get(dataset)  # raises if there is none of this name
+    dataset = dataset.split("/")[0]  # a damaged one has as many
     field = datasets.BENCHMARKS.get(dataset)
     if field and field.size:
         return field.size, field.classes
     if dataset in datasets.ICONSHIFT:
         embedded = datasets.load(dataset)
         return len(embedded), len(embedded.classnames)
-    if dataset not in datasets.names():
-        raise ValueError(unknown("data set", dataset, datasets.names()))
     raise ValueError(f"the size of {dataset} is not known: give --images and --classes.")
 
 
@@ -127,7 +127,8 @@ def costs(
                 "on a CPU: as in data/leaderboard.json"
             )
         if method.tunes == "encoder":  # the views again, a step on the confident, view 0 once more
-            passes = STEP * max(1, int(views * method.options().rho)) + 1
+            share = getattr(method.options(), "rho", 1.0)  # without selection: all views
+            passes = STEP * max(1, int(views * share)) + 1
             each[name] += make + floor * passes / views
             sources.append(f"{name}: tuning, and {passes} passes of the image encoder, counted")
         elif method.needs:
