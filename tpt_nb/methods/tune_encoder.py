@@ -8,14 +8,14 @@ starts from the same cached features as the others to choose the views, and make
 again, from the same seed.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from tpt_nb.core.images import as_rgb, view_seed
 from tpt_nb.losses import marginal_entropy, select_confident
+from tpt_nb.methods.image_tower import Pixels, check_pixels, lent, pixels_of, views_of
 from tpt_nb.methods.method import (
     Adapted,
     Method,
@@ -42,7 +42,7 @@ def tune_encoder(
     features: Tensor,
     prompts: Prompts,
     options: Options,
-    pixels: Callable[[str], Tensor] | None = None,
+    pixels: Pixels | None = None,
     ids: Sequence[str] = (),
 ) -> Adapted:
     """One AdamW step on the context *and* on the image tower, per image; both are reset after it.
@@ -58,25 +58,17 @@ def tune_encoder(
         ValueError: no pixels; parameters out of range; pixels that are not those of the features.
     """
     lr, rho = check_tuning(features, prompts, options), options.rho
-    if pixels is None or len(ids) != len(features):
-        raise ValueError(
-            f"tune_encoder needs the pixels of the views: pixels=(image id -> uint8 [V,3,S,S]) and "
-            f"an id for each of the {len(features)} images; got pixels={pixels}, {len(ids)} ids."
-        )
+    check_pixels("tune_encoder", features, prompts, pixels, ids)
     logits = initial_logits(features, prompts)
     chosen = torch.vmap(lambda z: select_confident(z, rho))(logits)
     model, x0 = prompts.clip, features.to(weight_of(prompts))
     weights = list(model.model.visual.parameters())
-    kept = [(w.detach().clone(), w.requires_grad) for w in weights]
     after, losses, contexts = [], [], []
-    try:
+    with lent(weights) as reset:
         for i, name in enumerate(ids):
-            views = _views_of(name, pixels, features.shape[1])
+            views = views_of(name, pixels, features)
             ctx = prompts.ctx.to(x0).clone().requires_grad_(True)  # reset for every image
-            for w, (value, _) in zip(weights, kept, strict=True):
-                w.data.copy_(value)
-                w.requires_grad_(True)
-                w.grad = None
+            reset()
             groups = [{"params": [ctx], "lr": lr}, {"params": weights, "lr": options.encoder_lr}]
             step = OPTIMIZERS["adamw"](groups)
             # encode_views with gradients, for the confident views: the loss sees no others
@@ -91,20 +83,8 @@ def tune_encoder(
                 after.append(model.logit_scale.to(x0) * first[0].to(x0) @ tuned.T)
             losses.append(loss.detach())
             contexts.append(ctx.detach())
-    finally:  # whatever happens, the model is the one that was handed over
-        for w, (value, needed) in zip(weights, kept, strict=True):
-            w.data.copy_(value)
-            w.requires_grad_(needed)
-            w.grad = None
     parts = (torch.stack(after), logits[:, 0], torch.stack(losses), as_mask(chosen, features))
     return Adapted(*back(features, *parts, torch.stack(contexts)))
-
-
-def _views_of(name: str, pixels: Callable[[str], Tensor], n: int) -> Tensor:
-    views = pixels(name)
-    if len(views) != n:
-        raise ValueError(f"{name}: pixels() gave {len(views)} views, its features have {n}.")
-    return views
 
 
 def _check_same(name: str, now: Tensor, cached: Tensor) -> None:
@@ -119,12 +99,7 @@ def _check_same(name: str, now: Tensor, cached: Tensor) -> None:
 
 def prepare(options: Options, setting: Setting) -> Prepared:
     """Makes the views of the run again, image by image."""
-    position = {name: k for k, name in enumerate(setting.dataset.ids)}
-
-    def pixels(name: str) -> Tensor:
-        image = as_rgb(setting.dataset[position[name]][0])
-        return setting.augmenter(image, view_seed(setting.seed, name))
-
+    pixels = pixels_of(setting)
     return Prepared(lambda x, prompts, ids: tune_encoder(x, prompts, options, pixels, ids))
 
 
