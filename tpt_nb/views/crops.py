@@ -44,6 +44,13 @@ def center_axes(boxes: np.ndarray, size: int) -> np.ndarray:
     )
 
 
+def first_view(pixels: torch.Tensor, size: int) -> torch.Tensor:
+    """:func:`center_view` of a picture ``[H,W,3]`` in floats: ``[3,size,size]``, with gradients."""
+    height, width, _ = pixels.shape
+    axes = center_axes(np.array([(0, 0, width, height)]), size)[:, 0]
+    return resample.resampled(pixels, torch.from_numpy(axes), size)
+
+
 def as_plan(image: Image.Image, axes: np.ndarray) -> resample.Plan:
     """An RGB image and the axes [2,V,6] of its views."""
     return resample.Plan(torch.from_numpy(np.array(image)), torch.from_numpy(axes))

@@ -86,6 +86,20 @@ def render(plan: Plan, size: int, device: torch.device | str = "cpu") -> Tensor:
     return torch.cat(views)
 
 
+def resampled(pixels: Tensor, axes: Tensor, size: int) -> Tensor:
+    """A view of a picture ``[H,W,3]`` in floats: ``[3,size,size]``, with gradients.
+
+    Kept within 0..255 behind each axis, as Pillow does, but not rounded. ``axes``: ``[2,6]``, its x
+    axis and its y axis.
+    """
+    height, width, _ = pixels.shape
+    x, y = (
+        weights(axes[k, None].to(pixels.device), length, size)[0].to(pixels)
+        for k, length in enumerate((width, height))
+    )
+    return (y @ (pixels.permute(2, 0, 1) @ x.T).clamp(0, 255)).clamp(0, 255)
+
+
 def _render(pixels: Tensor, axes: Tensor, size: int) -> Tensor:
     """Some of the views, ``[V,3,size,size]``, from the part of the image that they need."""
     starts = axes[..., 0].amin(dim=1).int().tolist()  # on the CPU
