@@ -126,7 +126,7 @@ KINDS = {
     "online": "Online: what is learnt from one image is kept for the next",
     "transductive": "Transductive: all images at once",
 }
-OURS = ("contrast_vote",)  # developed here, in this order
+OURS = ("contrast_vote", "parts_and_whole")  # developed here, in this order
 TAILS = ("shuffled", "sorted")
 
 
