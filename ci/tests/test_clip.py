@@ -347,7 +347,7 @@ def test_text_towers_that_are_not_causal_are_refused():
             "layers": 1,
             "vocab_size": 10,
             "no_causal_mask": True,
-            "pool_type": "last",
+            "pool_type": "first",
         },
     }
     model = open_clip.model.CustomTextCLIP(**config)

@@ -21,10 +21,11 @@ class Clip:
     """A frozen CLIP with everything needed to feed it.
 
     ``model`` is an open_clip model in eval mode without gradients, ``tokenizer`` maps a list of
-    sentences to token ids ``[N,77]`` (long), ``mean`` and ``std`` are per-channel statistics of
-    images in [0,1]. ``fingerprint`` is a hash of the weights, ``image_fingerprint`` of those of the
-    image tower (part of the key of the feature cache: another text tower, the same features).
-    ``max_views`` is set when a pass ran out of memory: no later one is larger.
+    sentences to token ids ``[N,77]`` (SigLIP ``[N,64]``, long), ``mean`` and ``std`` are
+    per-channel statistics of images in [0,1]. ``fingerprint`` is a hash of the weights,
+    ``image_fingerprint`` of those of the image tower (part of the key of the feature cache: another
+    text tower, the same features). ``max_views`` is set when a pass ran out of memory: no later one
+    is larger.
     """
 
     name: str
@@ -55,6 +56,18 @@ class Clip:
     def logit_scale(self) -> Tensor:
         """``exp(logit_scale)``, a float32 scalar on the device (about 100 in trained models)."""
         return self.model.logit_scale.detach().float().exp().squeeze()
+
+    @property
+    def logit_bias(self) -> Tensor:
+        """What a model with sigmoid scores (SigLIP) adds to its logits; 0 for all others.
+
+        ``sigmoid(logit_scale * cosine + logit_bias)`` is its probability that a picture and a
+        sentence belong together. Methods here leave it out: see :func:`tpt_nb.models.load`.
+        """
+        bias = getattr(self.model, "logit_bias", None)
+        if bias is None:
+            return torch.zeros((), device=self.device)
+        return bias.detach().float().squeeze()
 
     @torch.no_grad()
     def encode_views(self, views: Tensor, batch: int = 256, checked: bool = True) -> Tensor:
@@ -138,7 +151,8 @@ class Clip:
         """Features of whole sentences: ``[N,D]``, unit norm, on the model's device.
 
         Prompts are cut at the longest end-of-text token of the batch: in a causal tower no row
-        before the cut can see a row behind it, so the result is that of all 77 tokens.
+        before the cut can see a row behind it, so the result is that of all 77 tokens. In a tower
+        that is not causal (SigLIP) every token sees the padding, and nothing is cut.
         """
         texts = [texts] if isinstance(texts, str) else list(texts)
         if not texts:
@@ -147,7 +161,8 @@ class Clip:
         features = []
         for tokens in self.tokenizer(texts).split(batch):
             eot = tokens.argmax(dim=-1)
-            tokens = tokens[:, : int(eot.max()) + 1].to(self.device)
+            length = tokens.shape[1] if tower.attn_mask is None else int(eot.max()) + 1
+            tokens = tokens[:, :length].to(self.device)
             x = tower.token_embedding(tokens)
             x = x + tower.positional_embedding[: tokens.shape[1]]
             features.append(F.normalize(run_text_tower(tower, x, eot), dim=-1))
@@ -175,26 +190,35 @@ def text_tower(model: nn.Module) -> nn.Module:
     """The module that holds token_embedding, transformer, ln_final and text_projection.
 
     Raises:
-        ValueError: a tower that is not causal or does not pool at the end-of-text token (SigLIP,
-            CoCa, Hugging Face towers): the prompt code here would be wrong for it.
+        ValueError: a tower that neither is causal and pools at the end-of-text token, nor sees all
+            tokens and pools the last of them as SigLIP's does (CoCa, Hugging Face towers): the
+            prompt code here would be wrong for it.
     """
     tower = model if hasattr(model, "token_embedding") else getattr(model, "text", None)
     pool = getattr(tower, "text_pool_type", getattr(tower, "pool_type", None))
     causal = getattr(tower, "attn_mask", None) is not None
-    pooled = pool in ("argmax", "eos") and getattr(tower, "cls_emb", None) is None
-    if tower is None or not causal or not pooled:
+    plain = getattr(tower, "cls_emb", None) is None and not getattr(tower, "use_pad_mask", False)
+    pools = ("argmax", "eos") if causal else ("last",)
+    if not hasattr(tower, "token_embedding") or not plain or pool not in pools:
         raise ValueError(
-            f"{type(model).__name__} has no causal text tower that pools at the end-of-text token; "
+            f"{type(model).__name__} has no causal text tower that pools at the end-of-text token, "
+            "nor SigLIP's, which pools the last token; "
             f"choose an OpenAI model ({', '.join(OPENAI_MODELS)}) or one of the same family."
         )
     return tower
 
 
 def run_text_tower(tower: nn.Module, x: Tensor, eot: Tensor) -> Tensor:
-    """Embeddings with positions ``[N,L,d]``, end-of-text rows ``[N]`` -> ``[N,D]``, any norm."""
-    length = x.shape[1]
-    x = tower.transformer(x, attn_mask=tower.attn_mask[:length, :length])
-    x = x[torch.arange(len(x), device=x.device), eot.to(x.device)]
+    """Embeddings with positions ``[N,L,d]``, end-of-text rows ``[N]`` -> ``[N,D]``, any norm.
+
+    A tower that is not causal gives its last row, whatever ``eot``; L must be all of its tokens.
+    """
+    length, mask = x.shape[1], tower.attn_mask
+    if mask is None:
+        x = tower.transformer(x)[:, -1]
+    else:
+        x = tower.transformer(x, attn_mask=mask[:length, :length])
+        x = x[torch.arange(len(x), device=x.device), eot.to(x.device)]
     return project_text(tower, tower.ln_final(x))
 
 

@@ -10,7 +10,7 @@ import json
 import os
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -117,6 +117,19 @@ def load(name: str = "mini", device: str | torch.device | None = None) -> Clip:
             path means QuickGELU, as OpenAI's; ``model@file`` takes the activation of that
             architecture.
         device: default: cuda if there is one, else cpu.
+
+    SigLIP (``ViT-B-16-SigLIP@webli``; Zhai et al., "Sigmoid Loss for Language Image Pre-Training",
+    2023) scores each pair of picture and sentence on its own, ``sigmoid(scale * cosine + bias)``:
+    classes do not compete, and its scores of all classes may be small at once. What methods here
+    need, an entropy and a vote, is taken from the softmax over the classes of ``scale * cosine``,
+    as others do who adapt it at test time. The bias drops out of a softmax, and the first class
+    stays the first: zero-shot predictions and votes are those of the sigmoid scores. An entropy
+    then says how far the best class is ahead of the others, not how well it fits; confidences and
+    ECE are those of this softmax, for which the model was not trained. The bias is
+    ``clip.logit_bias``. Its text tower is not causal, so contexts are tuned by plain autograd
+    through all tokens, which is slower than with CLIP's. Views are made as for CLIP (it was trained
+    on pictures squashed to a square, not cropped).
+
     Raises:
         ValueError: unknown name; the message lists the known ones.
     """
@@ -208,16 +221,35 @@ def _load_open_clip(name: str, architecture: str, tag: str, device) -> Clip:
             f"{architecture} has no weights {tag!r}; known tags: {', '.join(known) or 'none'}."
         )
     config = open_clip.get_pretrained_cfg(architecture, tag) or {}
+    quick, statistics = bool(config.get("quick_gelu")), _statistics(architecture, tag, known)
     try:
         model = open_clip.create_model(
-            architecture, pretrained=tag, force_quick_gelu=bool(config.get("quick_gelu"))
+            architecture, pretrained=tag, force_quick_gelu=quick, **statistics
         )
+        tokenizer = open_clip.get_tokenizer(architecture)
     except (RuntimeError, OSError) as error:
         raise RuntimeError(
             f"could not load the weights of {name!r}: {error}. They are downloaded once; "
             "without a network use 'mini', or pass the path of a checkpoint that you have."
         ) from error
-    return wrap(model, name, device=device, tokenizer=open_clip.get_tokenizer(architecture))
+    return wrap(model, name, device=device, tokenizer=tokenizer)
+
+
+def _statistics(architecture: str, tag: str, known: Sequence[str]) -> dict[str, tuple]:
+    """For a file, which has none of its own: those of the images of all published weights.
+
+    SigLIP's are not CLIP's. Nothing where the weights differ in them, or there are none.
+    """
+    import open_clip
+
+    if tag in known:
+        return {}
+    configs = [open_clip.get_pretrained_cfg(architecture, other) for other in known]
+    found = {(tuple(c.get("mean") or ()), tuple(c.get("std") or ())) for c in configs}
+    if len(found) != 1 or not all(*found):
+        return {}
+    ((mean, std),) = found
+    return {"image_mean": mean, "image_std": std}
 
 
 def _load_file(path: Path, device, name: str = "") -> Clip:

@@ -9,9 +9,7 @@ all classes and are computed once; classes with equally long names form one batc
 
 import hashlib
 import json
-import warnings
 from collections.abc import Callable
-from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -23,6 +21,7 @@ from tpt_nb.models.coop import load_coop
 from tpt_nb.models.jacobian import jacobian, kept
 from tpt_nb.models.packed import Packed
 from tpt_nb.models.templates import clean_names
+from tpt_nb.models.tokens import frame_of, name_tokens, token_lists
 from tpt_nb.models.tower import LONGEST, causal_tower, has_plain_attention
 
 POSITIONS = ("end", "middle", "front")
@@ -62,7 +61,7 @@ class Prompts:
             raise ValueError(
                 f"class_token_position is {class_token_position!r}; allowed: {allowed}."
             )
-        self.clip = clip
+        self.clip, self._frame = clip, frame_of(clip.tokenizer)
         self.classnames = list(classnames)
         self.C = len(self.classnames)
         self.class_token_position = class_token_position
@@ -74,10 +73,11 @@ class Prompts:
 
         self.ctx = self._initial_context(ctx_init, n_ctx, coop, seed)
         self.M = self.ctx.shape[-2]
-        self.tokens = self._tokenize(names)  # C lists: name and rest (the period), no SOT or EOT
+        # C lists: name and rest (the period), without what stands around a text
+        self.tokens = name_tokens(clip.tokenizer, names, self._frame)
         limit = text_tower(clip.model).positional_embedding.shape[0]
         for name, (head, rest) in zip(self.classnames, self.tokens, strict=True):
-            length = 2 + self.M + len(head) + len(rest)
+            length = len(self._frame.start) + self.M + len(head) + len(rest) + 1
             if length > limit:
                 raise ValueError(
                     f"the prompt of class {name[:60]!r} has {length} tokens, the model takes "
@@ -99,7 +99,8 @@ class Prompts:
             ctx: None for the initial context, ``[M,d]`` (class-specific ``[C,M,d]``), or a batch
                 of contexts ``[B,M,d]`` (``[B,C,M,d]``).
             exact: "paper" runs all 77 tokens of each prompt through open_clip's own blocks, one
-                context after the other; "fast" gives the same features (see the module's text).
+                context after the other; "fast" gives the same features (see the module's text; a
+                tower that is not causal, SigLIP's, has the first way only).
         Returns:
             ``[C,D]``, or ``[B,C,D]`` for a batch of contexts; the model's dtype and device.
         """
@@ -128,7 +129,8 @@ class Prompts:
 
     def _initial_context(self, ctx_init, n_ctx, coop, seed) -> Tensor:
         table = self._table
-        words = _token_lists(self.clip, [ctx_init.replace("_", " ").strip()])[0] if ctx_init else []
+        texts = [ctx_init.replace("_", " ").strip()] if ctx_init else []
+        words = token_lists(self.clip.tokenizer, texts, self._frame)[0] if texts else []
         if n_ctx is not None and n_ctx < 1:
             raise ValueError(f"n_ctx is {n_ctx}; a context has at least one vector.")
         if not coop and words and n_ctx not in (None, len(words)):
@@ -149,14 +151,6 @@ class Prompts:
         generator = torch.Generator().manual_seed(seed)
         return (torch.randn(shape, generator=generator) * 0.02).to(table.device)
 
-    def _tokenize(self, names: list[str]) -> list[tuple[list[int], list[int]]]:
-        """Tokens of "name." split behind the name, as CoOp does: the sentence decides."""
-        sentences = _token_lists(self.clip, [f"{name}." for name in names])
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the sentences have warned of the same tokens
-            lengths = [len(tokens) for tokens in _token_lists(self.clip, names)]
-        return [(s[:n], s[n:]) for s, n in zip(sentences, lengths, strict=True)]
-
     # --- paper path ------------------------------------------------------------------------------
 
     def _paper_features(self, ctx: Tensor) -> Tensor:
@@ -168,25 +162,20 @@ class Prompts:
             parts = self._layout(tokens, ctx[c] if self.class_specific else ctx)
             row = torch.cat([self._embed(p) if isinstance(p, list) else p for p in parts])
             eot.append(len(row) - 1)
-            rows.append(torch.cat([row, self._embed([0] * (length - len(row)))]))
+            rows.append(torch.cat([row, self._embed([self._frame.pad] * (length - len(row)))]))
         x = torch.stack(rows) + tower.positional_embedding
         return F.normalize(run_text_tower(tower, x, torch.tensor(eot)), dim=-1)
 
     def _layout(self, tokens: tuple[list[int], list[int]], ctx: Tensor) -> list:
         """The prompt of one class as a list of token ids (lists) and context vectors (tensors)."""
         name, rest = tokens
-        sot, eot = self._special
         half = self._before_name()
-        return [[sot], ctx[:half], name, ctx[half:], [*rest, eot]]
+        end = [*rest, self._frame.end]
+        return [list(self._frame.start), ctx[:half], name, ctx[half:], end]
 
     def _before_name(self) -> int:
         """How many context vectors stand before the class name."""
         return {"end": self.M, "middle": self.M // 2, "front": 0}[self.class_token_position]
-
-    @cached_property
-    def _special(self) -> list[int]:
-        row = self.clip.tokenizer([""])[0]
-        return [int(row[0]), int(row.max())]
 
     @property
     def _tower(self) -> nn.Module:
@@ -220,7 +209,7 @@ class Prompts:
     def _fast_features(self, ctx: Tensor) -> Tensor:
         """``[B,M,d]`` or ``[B,C,M,d]`` -> ``[B,C,D]``."""
         tower = self._tower
-        if not has_plain_attention(tower):  # rare variants
+        if not has_plain_attention(tower):  # rare variants, and towers that are not causal
             return torch.stack([self._paper_features(one) for one in ctx])
         return F.normalize(project_text(tower, self.rows(ctx)), dim=-1)
 
@@ -241,7 +230,7 @@ class Prompts:
 
         Suffixes ``[B or 1,C_g,S_g,d]``; ``order [C]`` says where each class stands in the groups.
         """
-        prefix = self._embed(self._special[:1]).expand(len(ctx), 1, -1)
+        prefix = self._embed(list(self._frame.start)).expand(len(ctx), 1, -1)
         if not self.class_specific:  # else the start token alone is common to all classes
             prefix = torch.cat([prefix, ctx[:, : self._before_name()]], dim=1)
         position = self._tower.positional_embedding
@@ -252,7 +241,7 @@ class Prompts:
 
     def _suffixes(self, ctx: Tensor | None) -> tuple[list[Tensor], Tensor]:
         """The suffixes and the order; ``ctx`` is None where none of it stands in a suffix."""
-        half, eot = self._before_name(), self._special[1]
+        half, eot = self._before_name(), self._frame.end
         offset = 1 + (0 if self.class_specific else half)
         position = self._tower.positional_embedding
         groups: dict[tuple[int, int], list[int]] = {}
@@ -343,8 +332,3 @@ class Prompts:
             prefix, suffixes, order = self._split(self.ctx.to(tower.token_embedding.weight)[None])
         with torch.enable_grad():
             return jacobian(tower, prefix[0], suffixes, order)
-
-
-def _token_lists(clip: Clip, texts: list[str]) -> list[list[int]]:
-    """Token ids of each text without start, end and padding."""
-    return [row[1 : int(row.argmax())].tolist() for row in clip.tokenizer(texts)]

@@ -27,8 +27,14 @@ def blocks_of(tower: nn.Module) -> list[nn.Module]:
 
 
 def has_plain_attention(tower: nn.Module) -> bool:
-    """Is every attention torch's own, as in all of OpenAI's models? The code here assumes so."""
-    return all(isinstance(block.attn, nn.MultiheadAttention) for block in blocks_of(tower))
+    """Is the tower causal, and every attention torch's own, as in all of OpenAI's models?
+
+    The code here assumes so.
+    """
+    causal = tower.attn_mask is not None
+    return causal and all(
+        isinstance(block.attn, nn.MultiheadAttention) for block in blocks_of(tower)
+    )
 
 
 def causal_tower(tower: nn.Module, prefix: Tensor, suffixes: list[Tensor]) -> Tensor:
