@@ -85,22 +85,11 @@ def encode(
     done = sum(store.there)
     if workers is None:
         workers = _auto_workers(len(ids) - done, clip, augmenter)
-    failed, encoded, later = [], 0, []
     name = f"encode {dataset.name}"
     with progress_bar(len(ids), done, name, progress and done < len(ids), "image") as bar:
-        for others in (False, True):  # then what others had claimed, if it is still missing
-            claims = Claims(folder)
-            todo = _todo(store, folder, known, claims, shard, bar, later, others)
-            first = next(todo, None) if done < len(ids) else None
-            try:
-                if first is not None:
-                    some, count = _fill(
-                        store, dataset, clip, augmenter, seed, chain([first], todo), workers,
-                        bar, shard, lambda chosen: write_shard(folder, store, chosen),
-                    )  # fmt: skip
-                    failed, encoded = failed + some, encoded + count
-            finally:
-                claims.close()
+        failed, encoded = _encode_missing(
+            store, folder, known, dataset, clip, augmenter, seed, workers, bar, shard
+        )
 
     good = [i for i, there in enumerate(store.there) if there]
     if failed:
@@ -118,6 +107,27 @@ def encode(
         seconds=float(store.seconds.sum()),
         encoded=encoded,
     )
+
+
+def _encode_missing(
+    store: Store, folder: Path | None, known: set[str], dataset, clip, augmenter, seed: int,
+    workers: int, bar, shard: int,
+) -> tuple[list[dict], int]:  # fmt: skip
+    """Fill the store, together with other processes that want the same; see :func:`_fill`."""
+    failed, encoded, later = [], 0, []
+    for others in (False, True):  # then what others had claimed, if it is still missing
+        claims = Claims(None if all(store.there) else folder)
+        todo = _todo(store, folder, known, claims, shard, bar, later, others)
+        try:
+            if (first := next(todo, None)) is not None:
+                some, count = _fill(
+                    store, dataset, clip, augmenter, seed, chain([first], todo), workers,
+                    bar, shard, lambda chosen: write_shard(folder, store, chosen),
+                )  # fmt: skip
+                failed, encoded = failed + some, encoded + count
+        finally:
+            claims.close()
+    return failed, encoded
 
 
 def _todo(
