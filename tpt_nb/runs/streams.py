@@ -42,7 +42,7 @@ from tpt_nb.runs.profile import resolve
 from tpt_nb.runs.sweep import read_yaml
 
 STORED = DATA / "streams.json"
-KEYS = ("rows", "common", "variants", "domains", "batch")
+KEYS = ("rows", "common", "variants", "domains", "batch", "fewer_orders")
 VERSION = 1  # of the cells; raise it when the same cell gives other numbers
 ORDERS = {
     "shuffled": draw.shuffled,
@@ -140,7 +140,8 @@ def rows_of(grid: Mapping, only: Sequence[str], orders: int) -> list[Row]:
         for names in sources if not only or values["method"] in only else ():
             made = RunConfig.from_dict(grid["common"] | values)
             configs = tuple(resolve(made.replace(dataset=name))[0] for name in names)
-            rows.append(Row(label, configs, _kinds(configs), orders))
+            few = (grid.get("fewer_orders") or {}).get(made.method, orders)
+            rows.append(Row(label, configs, _kinds(configs), min(orders, few)))
     return rows
 
 
