@@ -83,8 +83,6 @@ def encode(
     for record in read_shards(folder, store.position, known):
         store.put(**record)
     done = sum(store.there)
-    if workers is None:
-        workers = _auto_workers(len(ids) - done, clip, augmenter)
     name = f"encode {dataset.name}"
     with progress_bar(len(ids), done, name, progress and done < len(ids), "image") as bar:
         failed, encoded = _encode_missing(
@@ -111,9 +109,11 @@ def encode(
 
 def _encode_missing(
     store: Store, folder: Path | None, known: set[str], dataset, clip, augmenter, seed: int,
-    workers: int, bar, shard: int,
+    workers: int | None, bar, shard: int,
 ) -> tuple[list[dict], int]:  # fmt: skip
     """Fill the store, together with other processes that want the same; see :func:`_fill`."""
+    if workers is None:
+        workers = _auto_workers(store.there.count(False), clip, augmenter)
     failed, encoded, later = [], 0, []
     for others in (False, True):  # then what others had claimed, if it is still missing
         claims = Claims(None if all(store.there) else folder)
