@@ -10,36 +10,67 @@ are 95 % unless ``level`` says otherwise.
 import math
 from collections.abc import Iterable, Mapping
 from statistics import NormalDist
+from typing import TYPE_CHECKING, Union
 
 import numpy as np
-import pandas as pd
 
-Records = Iterable[Mapping] | pd.DataFrame
+if TYPE_CHECKING:  # pandas is imported by who wants a table: a run from a shell does not
+    import pandas as pd
+
+Records = Union[Iterable[Mapping], "pd.DataFrame"]
 NEEDED = ["id", "target", "pred_before", "pred_after"]
 WHEN = ("before", "after")
 
 
-def frame(records: Records) -> pd.DataFrame:
+def frame(records: Records) -> "pd.DataFrame":
     """The records as a table.
 
     Raises ``ValueError`` if there are none, a needed column is missing, or an image is there twice.
     """
-    table = records if isinstance(records, pd.DataFrame) else pd.DataFrame(list(records))
+    import pandas as pd
+
+    table = _checked(records)
+    return pd.DataFrame(table) if isinstance(table, list) else table
+
+
+def _checked(records: Records) -> "list[Mapping] | pd.DataFrame":
+    """The table, or a list of the records; raises as :func:`frame`."""
+    table = records if _is_frame(records) else list(records)
     if not len(table):
         raise ValueError("no records: there is nothing to measure")
-    missing = [name for name in NEEDED if name not in table]
+    known = _names(table)
+    missing = [name for name in NEEDED if name not in known]
     if missing:
-        raise ValueError(f"records lack {', '.join(missing)}; they have {', '.join(table.columns)}")
-    twice = table["id"][table["id"].duplicated()]
-    if len(twice):
-        raise ValueError(f"{len(twice)} image ids are there twice, for example {twice.iloc[0]!r}")
+        raise ValueError(f"records lack {', '.join(missing)}; they have {', '.join(known)}")
+    ids = _values(table, "id").tolist()
+    if len(set(ids)) < len(ids):
+        seen: set = set()
+        twice = [i for i in ids if i in seen or seen.add(i)]
+        raise ValueError(f"{len(twice)} image ids are there twice, for example {twice[0]!r}")
     return table
+
+
+def _is_frame(records: Records) -> bool:
+    return hasattr(records, "columns")
+
+
+def _names(table) -> list[str]:
+    """The columns that there are."""
+    if _is_frame(table):
+        return list(table.columns)
+    return list(dict.fromkeys(name for record in table for name in record))
+
+
+def _values(table, name: str) -> np.ndarray:
+    """A column ``[N]``; what a record lacks is not a number."""
+    if _is_frame(table):
+        return table[name].to_numpy()
+    return np.array([record.get(name, math.nan) for record in table])
 
 
 def correct(records: Records, when: str = "after") -> np.ndarray:
     """bool [N]: was the prediction right? ``when`` is "before" or "after"."""
-    table = frame(records)
-    return _column(table, "pred", when) == table["target"].to_numpy()
+    return _column(records, "pred", when) == _values(_checked(records), "target")
 
 
 def accuracy(records: Records, when: str = "after") -> float:
@@ -85,12 +116,14 @@ def _bin(confidence: np.ndarray, bins: int) -> np.ndarray:
     return np.clip(np.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)
 
 
-def reliability(confidence, correct, bins: int = 15) -> pd.DataFrame:
+def reliability(confidence, correct, bins: int = 15) -> "pd.DataFrame":
     """What a calibration diagram shows: per bin of :func:`ece` n, mean confidence and accuracy.
 
     ``confidence`` and ``correct``: [N], the largest predicted probability and whether it was right.
     Empty bins are left out.
     """
+    import pandas as pd
+
     confidence, correct = np.asarray(confidence, float), np.asarray(correct, float)
     table = pd.DataFrame({"n": 1, "confidence": confidence, "accuracy": correct})
     sums = table.groupby(_bin(confidence, bins)).sum()
@@ -105,12 +138,14 @@ def changes(records: Records) -> dict[str, int]:
     return {"improved": int((~before & after).sum()), "worsened": int((before & ~after).sum())}
 
 
-def per_class(records: Records, classnames: list[str] | None = None) -> pd.DataFrame:
+def per_class(records: Records, classnames: list[str] | None = None) -> "pd.DataFrame":
     """Per class that has images n, accuracy_before and _after, improved, worsened; index target."""
     table = frame(records)
     before, after = correct(table, "before"), correct(table, "after")
     flags = {"n": 1, "accuracy_before": before, "accuracy_after": after}
     flags |= {"improved": ~before & after, "worsened": before & ~after}
+    import pandas as pd
+
     rows = pd.DataFrame(flags).groupby(table["target"].to_numpy()).sum().astype(int)
     for when in WHEN:
         rows[f"accuracy_{when}"] = rows[f"accuracy_{when}"] / rows["n"]
@@ -144,9 +179,12 @@ def mcnemar(improved: int, worsened: int) -> float:
         raise ValueError(f"counts cannot be negative: {improved}, {worsened}")
     if improved + worsened == 0:
         return 1.0
-    from scipy.stats import binomtest
-
-    return float(binomtest(improved, improved + worsened, 0.5).pvalue)
+    n, fewer = int(improved + worsened), int(min(improved, worsened))
+    ways = total = 1  # how many of the 2^n outcomes have k heads, and how many at most k
+    for k in range(fewer):
+        ways = ways * (n - k) // (k + 1)
+        total += ways
+    return min(1.0, 2 * total / 2**n)
 
 
 def gain_interval(improved: int, worsened: int, n: int, level: float = 0.95) -> tuple[float, float]:
@@ -214,8 +252,8 @@ def summarize(records: Records, bins: int = 15) -> dict:
 
     Columns beyond the predictions (confidence, entropy ...) are used where the records have them.
     """
-    table = frame(records)
-    n = len(table)
+    table = _checked(records)
+    n, known = len(table), _names(table)
     out: dict = {"n": n}
     for when in WHEN:
         hits = int(correct(table, when).sum())
@@ -227,7 +265,7 @@ def summarize(records: Records, bins: int = 15) -> dict:
             ("cross_entropy", "prob_target", cross_entropy),
             ("ece", "conf", lambda t, w: ece(t, w, bins)),
         ):
-            if f"{column}_{when}" in table:
+            if f"{column}_{when}" in known:
                 out[f"{name}_{when}"] = measure(table, when)
     out.update(changes(table))
     improved, worsened = out["improved"], out["worsened"]
@@ -276,12 +314,12 @@ def compare(records_a: Records, records_b: Records, resamples: int = 10_000, see
 
 
 def _column(records: Records, name: str, when: str) -> np.ndarray:
-    table, column = frame(records), f"{name}_{when}"
+    table, column = _checked(records), f"{name}_{when}"
     if when not in WHEN:
         raise ValueError(f"when must be 'before' or 'after', got {when!r}")
-    if column not in table:
-        raise ValueError(f"records have no {column!r}; they have {', '.join(table.columns)}")
-    return table[column].to_numpy(float)
+    if column not in _names(table):
+        raise ValueError(f"records have no {column!r}; they have {', '.join(_names(table))}")
+    return _values(table, column).astype(float)
 
 
 def _z(level: float) -> float:

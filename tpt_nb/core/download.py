@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import requests
-
 from tpt_nb.core.files import only_writer
 from tpt_nb.core.messages import bar
 
@@ -150,6 +148,8 @@ def _note(part: Path) -> Path:
 
 def _from_http(source: Source, url: str, part: Path, progress: bool) -> None:
     """Append to ``part`` what the server has behind its end."""
+    import requests  # here: most who know where files are fetch none
+
     have, headers = _size(part), {"Accept-Encoding": "identity"}
     if have and not source.checksum:
         try:
@@ -178,7 +178,7 @@ def _from_http(source: Source, url: str, part: Path, progress: bool) -> None:
         raise _Broken(f"the connection was cut after {mb(_size(part))} of {mb(total)}")
 
 
-def _accept(source: Source, answer: requests.Response, have: int, part: Path) -> int:
+def _accept(source: Source, answer: "requests.Response", have: int, part: Path) -> int:  # noqa: F821
     """From which byte on the answer goes on; raises if it is not the file."""
     code, head = answer.status_code, answer.headers
     said = f"the server answers {code} ({(answer.reason or 'no reason').lower()})"
@@ -234,6 +234,8 @@ def _size(path: Path) -> int:
 
 
 def _reason(error: BaseException) -> str:
+    import requests
+
     text = str(error).strip()
     if isinstance(error, requests.Timeout):
         return "no answer in time"

@@ -206,6 +206,11 @@ def mixed_precision(x: Tensor) -> bool:
     return x.is_cuda and x.dtype == torch.float32
 
 
+# torch's defaults, as the paper's code has them; written down, because to make an optimiser is to
+# import torch's compiler, which takes seconds
+ADAMW = {"eps": 1e-8, "weight_decay": 1e-2}
+
+
 def first_step(ctx: Tensor, gradient: Tensor, lr: float, optimizer: str) -> Tensor:
     """The first step of a fresh optimiser, in closed form: ``[M,d]``, ``[b,M,d]`` -> ``[b,M,d]``.
 
@@ -214,9 +219,8 @@ def first_step(ctx: Tensor, gradient: Tensor, lr: float, optimizer: str) -> Tens
     """
     if optimizer == "sgd":
         return ctx - lr * gradient
-    defaults = torch.optim.AdamW([torch.zeros(1)]).defaults  # torch's, as the paper's code has them
-    step = lr * gradient / (gradient.abs() + defaults["eps"])
-    return ctx * (1 - lr * defaults["weight_decay"]) - step
+    step = lr * gradient / (gradient.abs() + ADAMW["eps"])
+    return ctx * (1 - lr * ADAMW["weight_decay"]) - step
 
 
 def worth_a_jacobian(prompts: Prompts, n: int) -> bool:

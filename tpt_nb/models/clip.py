@@ -1,9 +1,13 @@
 """A CLIP with everything needed to feed it: views and sentences to unit-norm features."""
 
+import functools
 import hashlib
+import importlib.util
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +18,8 @@ OPENAI_MODELS = (
     "ViT-B/32", "ViT-B/16", "ViT-L/14", "ViT-L/14@336px",
 )  # fmt: skip
 SOT, EOT = 49406, 49407  # tokens
+# of the images that OpenAI trained on, per channel, in [0,1]
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclass
@@ -112,12 +118,7 @@ class Clip:
         ``checked``: on a GPU, wait for the pass to see whether it overflowed in half precision, and
         compute it again if so; False: whoever asked looks for numbers that are not finite.
         """
-        dtype = next(self.model.parameters()).dtype
-        mean = torch.tensor(self.mean, device=self.device, dtype=dtype).view(1, 3, 1, 1)
-        std = torch.tensor(self.std, device=self.device, dtype=dtype).view(1, 3, 1, 1)
-        x = views.to(self.device, non_blocking=True)
-        x = x.to(dtype) / 255 if views.dtype == torch.uint8 else x.to(dtype)
-        x = ((x - mean) / std).contiguous(memory_format=torch.channels_last)
+        x = self._normalised(views.to(self.device, non_blocking=True))
         for amp in self._precisions():
             kind = self.device.type
             with torch.autocast(kind, amp or torch.bfloat16, enabled=amp is not None):
@@ -125,6 +126,19 @@ class Clip:
             if amp != torch.float16 or not checked or features.isfinite().all():
                 break
         return F.normalize(features, dim=-1)
+
+    def _normalised(self, views: Tensor) -> Tensor:
+        """``[V,3,S,S]`` in the dtype of the weights, channels_last, as the image tower wants it."""
+        dtype = next(self.model.parameters()).dtype
+        pixels = views.shape[2] * views.shape[3]
+        # statistics as long as a view: with three numbers a loop has three steps
+        mean, std = (
+            torch.tensor(values, device=self.device, dtype=dtype).repeat(pixels)
+            for values in (self.mean, self.std)
+        )
+        x = views.permute(0, 2, 3, 1).flatten(1).to(dtype)
+        x = x.div_(255) if views.dtype == torch.uint8 else x
+        return (x - mean).div_(std).unflatten(1, (*views.shape[2:], 3)).permute(0, 3, 1, 2)
 
     def _precisions(self) -> list[torch.dtype | None]:
         """What to compute in, in this order until all features are finite; None: as the weights.
@@ -243,9 +257,6 @@ def wrap(
         seen_tokens: ids of the tokens that training saw; a prompt with another one raises a
             warning.
     """
-    from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
-    from open_clip.tokenizer import SimpleTokenizer
-
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     model = model.eval().requires_grad_(False)
     prints = {"fingerprint": weights_fingerprint(model)}
@@ -255,10 +266,10 @@ def wrap(
     return Clip(
         name=name,
         model=model,
-        tokenizer=checked_tokenizer(tokenizer or SimpleTokenizer(), name, seen_tokens),
+        tokenizer=checked_tokenizer(tokenizer or simple_tokenizer(), name, seen_tokens),
         image_size=size[0] if isinstance(size, (tuple, list)) else int(size),
-        mean=tuple(getattr(model.visual, "image_mean", None) or OPENAI_DATASET_MEAN),
-        std=tuple(getattr(model.visual, "image_std", None) or OPENAI_DATASET_STD),
+        mean=tuple(getattr(model.visual, "image_mean", None) or MEAN),
+        std=tuple(getattr(model.visual, "image_std", None) or STD),
         device=device,
         **prints,
     )
@@ -271,6 +282,22 @@ def weights_fingerprint(model: nn.Module) -> str:
         digest.update(f"{key} {list(value.shape)} {value.dtype}".encode())
         digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
+
+
+@functools.cache
+def simple_tokenizer() -> Callable[[list[str]], Tensor]:
+    """OpenAI's tokenizer: open_clip's, of the one file that has it where nobody needs the rest."""
+    if "open_clip" not in sys.modules:
+        package = importlib.util.find_spec("open_clip")  # does not import it
+        path = Path(package.origin).with_name("tokenizer.py") if package else None
+        if path and path.is_file():
+            spec = importlib.util.spec_from_file_location(f"{__name__}_tokenizer", path)
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+            return module.SimpleTokenizer()
+    from open_clip.tokenizer import SimpleTokenizer
+
+    return SimpleTokenizer()
 
 
 def checked_tokenizer(base, name: str, seen_tokens: Tensor | None) -> Callable:

@@ -1,9 +1,12 @@
-"""Load a CLIP by name through open_clip.
+"""Load a CLIP by name, through open_clip.
 
 :func:`load` knows the embedded ``mini``, the OpenAI models, every other open_clip model
-(``model@tag``) and local checkpoint files. All of them become a :class:`Clip`: a frozen open_clip
-model with its tokenizer, its image statistics and a fingerprint of its weights. CLIP itself is
+(``model@tag``) and local checkpoint files. All of them become a :class:`Clip`: a frozen model of
+open_clip with its tokenizer, its image statistics and a fingerprint of its weights. CLIP itself is
 Radford et al., "Learning Transferable Visual Models From Natural Language Supervision", 2021.
+
+``mini`` needs nothing but torch and open_clip's tokenizer: open_clip as a whole, which takes
+seconds to import, is imported by whoever asks for another model.
 """
 
 import json
@@ -20,6 +23,7 @@ from tpt_nb.core.files import write_whole
 from tpt_nb.core.messages import first_line
 from tpt_nb.core.paths import DATA
 from tpt_nb.models.clip import EOT, OPENAI_MODELS, SOT, Clip, wrap
+from tpt_nb.models.mini import MiniClip
 
 MINI_CONFIG = {
     "embed_dim": 256,
@@ -33,7 +37,7 @@ ARCHIVES_DIR = Path(os.path.expanduser("~/.cache/clip"))
 
 
 def build_mini(seed: int = 0, config: dict | None = None) -> nn.Module:
-    """An untrained MiniCLIP: open_clip's own class from a config, weights drawn from ``seed``.
+    """An untrained MiniCLIP: open_clip's class from a config, weights drawn from ``seed``.
 
     The global random state is left as it was.
     """
@@ -78,7 +82,6 @@ def load_mini(path: str | Path = MINI_PATH, device: str | torch.device | None = 
         FileNotFoundError, ValueError: the file is missing or damaged; the message says how to
             rebuild it.
     """
-    import open_clip
     from safetensors import safe_open
 
     path = Path(path)
@@ -90,8 +93,9 @@ def load_mini(path: str | Path = MINI_PATH, device: str | torch.device | None = 
             config = json.loads((file.metadata() or {})["config"])
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
         ids, rows = tensors.pop("token_ids").long(), tensors.pop("token_rows")
-        with torch.device("meta"):  # every weight comes from the file: nothing is drawn
-            model = open_clip.CLIP(**config)
+        # what is drawn here is replaced; without draws, on "meta", torch would import its compiler
+        with torch.random.fork_rng(devices=[]):
+            model = MiniClip(**config)
         table = torch.zeros(model.vocab_size, rows.shape[1])
         table[ids] = rows.float()
         state = {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
@@ -100,8 +104,6 @@ def load_mini(path: str | Path = MINI_PATH, device: str | torch.device | None = 
     except Exception as error:  # damaged bytes raise whatever they spell
         why = first_line(error) or type(error).__name__
         raise ValueError(f"{path} is no readable MiniCLIP file ({why}); {rebuild}.") from error
-    length = model.context_length  # the mask is in no state dict, and a model on ``meta`` lacks it
-    model.attn_mask = torch.full((length, length), float("-inf")).triu_(1)
     model.mini_config = config
     return wrap(model, "mini", device=device, seen_tokens=ids)
 

@@ -11,9 +11,10 @@ each of them (stage 2) and summarises. It fills ``<out>/<run name>/``:
 
 import dataclasses
 import json
+import os
 import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,6 +44,7 @@ from tpt_nb.runs.records import (
     to_records,
 )
 from tpt_nb.runs.tensorboard import write_tensorboard
+from tpt_nb.runs.threads import in_order, threads_of
 
 
 class Session:
@@ -225,12 +227,18 @@ def _compute(
     records = resume(folder / "records.jsonl", list(encoded.ids))
     if done := len(records):
         print(f"{folder.name}: resumed at {done} of {len(encoded.ids)} images")
+    method, device = methods.get(config.method), setting.clip.device
     # what an online method learns from one image it keeps for the next: all of them in one call
-    size = GROUP if methods.get(config.method).kind == "episodic" else len(encoded.ids)
+    size = GROUP if method.kind == "episodic" else len(encoded.ids)
+    threads = threads_of(method, setting.clip)
+
+    def adapt(views, ids):
+        return prepared.adapt(views.to(device), prompts, ids)
+
     seconds = {"method": 0.0}
     with bar(len(encoded.ids), done, config.method, progress) as shown:
         path = folder / "records.jsonl"
-        for fresh in _adapt(path, encoded, done, prepared, prompts, size, seconds):
+        for fresh in _adapt(path, encoded, done, adapt, size, threads, seconds):
             records += fresh
             shown.update(len(fresh))
     ended = time.perf_counter()
@@ -245,24 +253,31 @@ def _compute(
 
 
 def _adapt(
-    path: Path, encoded: features.Features, done: int, prepared, prompts, size: int, seconds: dict
-) -> Iterator[list[dict]]:
+    path: Path, encoded: features.Features, done: int, adapt: Callable, size: int, threads: int,
+    seconds: dict,
+) -> Iterator[list[dict]]:  # fmt: skip
     """Adapt to the images after the first ``done``; append and yield the records of each group.
 
-    ``seconds["method"]`` grows by what the method itself takes.
+    ``seconds["method"]`` grows by what the method itself takes, of ``threads`` groups at a time.
     """
-    start = 0
+    groups, start = [], 0
+    for ids, views, targets in encoded.batches(size):
+        # the whole group is adapted even where some of it is there: same operations, same bits
+        skip = max(0, done - start)
+        start += len(ids)
+        if skip < len(ids):
+            groups.append((ids, views, targets, skip))
+
+    def work(group: tuple) -> tuple[float, list[dict]]:
+        ids, views, targets, skip = group
+        began = time.perf_counter()
+        adapted = adapt(views, ids)
+        took = time.perf_counter() - began
+        return took, to_records(ids, targets, adapted)[skip:]
+
     with open(path, "ab") as file:
-        for ids, views, targets in encoded.batches(size):
-            skip = max(0, done - start)
-            start += len(ids)
-            if skip >= len(ids):
-                continue
-            began = time.perf_counter()
-            # the whole group is adapted even where some of it is there: same operations, same bits
-            adapted = prepared.adapt(views.to(prompts.clip.device), prompts, ids)
-            seconds["method"] += time.perf_counter() - began
-            fresh = to_records(ids, targets, adapted)[skip:]
+        for at_once, (took, fresh) in in_order(work, groups, threads):
+            seconds["method"] += took / at_once
             file.write(b"".join(line_of(record) for record in fresh))
             file.flush()
             yield fresh
@@ -292,6 +307,7 @@ def _summary(
         "device": device_name(config.device),
         "versions": versions(),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        **({"by": by} if (by := os.environ.get("TPT_NB_BY")) else {}),  # a notebook, for ci/run
     }
 
 

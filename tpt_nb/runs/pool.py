@@ -20,7 +20,7 @@ from tpt_nb.runs.engine import Session, run
 from tpt_nb.runs.profile import resolve
 from tpt_nb.runs.records import Run, load_run
 
-PRELOAD = ["tpt_nb.runs", "open_clip", "pandas", "scipy.stats"]
+PRELOAD = ["tpt_nb.runs"]  # what a run of the embedded model imports
 SAME = ("dataset", "root", "model", "device", "seed", "reduced_size", "subset_seed", "cache")
 Spread = Callable[[Sequence[RunConfig]], Iterator[tuple[int, Run | Exception]]]
 

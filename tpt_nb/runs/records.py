@@ -170,10 +170,15 @@ def hint_at_chance(summary: Mapping, classes: int) -> None:
     n = summary["n"]
     if n < 200 or classes < 2:
         return
-    from scipy.stats import binom
-
-    hits = round(summary["accuracy_before"] * n)
-    if binom.sf(hits - 1, n, 1 / classes) > 0.01:  # guessing gives as many often enough
+    hits, p = round(summary["accuracy_before"] * n), 1 / classes
+    fewer = sum(  # the chance of fewer hits: a sum here, as importing scipy takes a second
+        math.exp(
+            math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)
+            + k * math.log(p) + (n - k) * math.log1p(-p)
+        )
+        for k in range(hits)
+    )  # fmt: skip
+    if 1 - fewer > 0.01:  # guessing gives as many often enough
         print(
             f"hint: zero-shot is right on {hits} of {n} images, as guessing among {classes} "
             "classes would be. Check the label map: does each class folder stand for the class "

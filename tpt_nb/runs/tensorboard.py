@@ -5,7 +5,6 @@ import json
 import math
 
 import numpy as np
-import pandas as pd
 
 from tpt_nb import metrics
 from tpt_nb.runs.records import Run
@@ -52,8 +51,8 @@ def write_tensorboard(run_: Run, classnames: list[str]) -> None:
         writer.add_text("statistics/global", json.dumps({**changes, "n_samples": n}, indent=4))
 
 
-def _curves(table: pd.DataFrame) -> tuple[dict, dict]:
-    """Tag -> a value per image, and tag -> the value over all of them."""
+def _curves(table) -> tuple[dict, dict]:
+    """Of a table of records: tag -> a value per image, and tag -> the value over all of them."""
     count = np.arange(1, len(table) + 1)
     before, after = metrics.WHEN
     right = {when: metrics.correct(table, when).astype(int) for when in metrics.WHEN}

@@ -88,12 +88,14 @@ class _Mixing:
         """Views [V,3,size,size] of a PIL image: uint8; float32 in [0,1] for real-valued mixes."""
         mix = mixes.AUGMIX[self.augmix_ops] if self.augmix else None
         mix = mixes.autoaugment if self.autoaugment else mix
+        if mix is None:
+            return self._crops(as_rgb(image), seed)
         is_float = mix in mixes.REAL_VALUED
         shape = (self.n_views, self.size, self.size, 3)
         pixels = np.empty(shape, np.float32 if is_float else np.uint8)
         torch_state = torch.get_rng_state()
         for k, (view, key) in enumerate(self._views(as_rgb(image), seed)):
-            if mix is None or key is None:
+            if key is None:
                 pixels[k] = np.asarray(view)
                 continue
             rng = np.random.default_rng(key)
@@ -105,6 +107,15 @@ class _Mixing:
         torch.set_rng_state(torch_state)
         if is_float:
             np.clip(pixels / np.float32(255), 0, 1, out=pixels)
+        return torch.from_numpy(pixels).permute(0, 3, 1, 2)
+
+    def _crops(self, image: Image.Image, seed: int) -> Tensor:
+        """The views of a call, uint8, where nothing is mixed in."""
+        # one below the other on a sheet: Pillow's way to an array costs as much as a crop
+        sheet = Image.new("RGB", (self.size, self.n_views * self.size))
+        for k, (view, _) in enumerate(self._views(image, seed)):
+            sheet.paste(view, (0, k * self.size))
+        pixels = np.array(sheet).reshape(self.n_views, self.size, self.size, 3)
         return torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
-import torchvision.transforms.v2.functional as TF
 from PIL import Image
 from torch import Tensor
 
@@ -116,6 +115,7 @@ class PipelineGenerator:
 
 def _clip_input(image: Image.Image, pipeline) -> Tensor:
     """``[1,3,224,224]`` as DiffTPT's generation script prepares it."""
+    import torchvision.transforms.v2.functional as TF  # here: it takes as long to import as torch
     from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 
     x = TF.to_dtype(TF.pil_to_tensor(image)[None], torch.float32, scale=True)
