@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 
 from tpt_nb import losses, metrics, models, runs
+from tpt_nb import methods as registry
 from tpt_nb.core import messages
 from tpt_nb.runs import RunConfig, engine, profile, run
 from tpt_nb.runs import config as config_module
@@ -511,3 +512,18 @@ def test_importing_is_light():
     with contextlib.chdir(REPO):
         out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert out.stdout.strip() == "False", out.stderr
+
+
+def test_any_method_in_place_of_any_other():
+    """Methods give options of one name other defaults; a filled-in configuration takes any."""
+    for first in registry.names():
+        filled, _ = runs.resolve(RunConfig(method=first, profile="mini"))
+        changed = {
+            f.name
+            for f in config_module.option_fields(first).values()
+            if not f.metadata["shared"] and filled.options.get(f.name) != f.default
+        }
+        for second in [] if changed else registry.names():  # what was chosen is refused, see above
+            other, _ = runs.resolve(filled.replace(method=second))
+            assert other.method == second
+            assert config_module.options_of(other)

@@ -146,7 +146,13 @@ class RunConfig:
     def replace(self, **changes) -> "RunConfig":
         """The same with other values, flat ones too: ``config.replace(method="vote")``."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        options = self.options | dict(changes.pop("options", None) or {})
+        options = dict(self.options)
+        if changes.get("method", self.method) != self.method:
+            # what was left at this method's default is for the other one to choose
+            for f in option_fields(self.method).values():
+                if not f.metadata["shared"] and options.get(f.name) == f.default:
+                    options.pop(f.name, None)
+        options |= dict(changes.pop("options", None) or {})
         return RunConfig.from_dict(values | {"options": options} | changes)
 
     @property
@@ -216,9 +222,11 @@ def options_of(config: RunConfig):
     mine = option_fields(config.method)
     others: dict[str, list[str]] = {}
     about: dict[str, dataclasses.Field] = {}
+    usual: dict[str, list] = {}  # methods may give one name different defaults
     for name in methods.names():
         for f in option_fields(name).values():
             others.setdefault(f.name, []).append(name)
+            usual.setdefault(f.name, []).append(f.default)
             about[f.name] = about.get(f.name, f) if about.get(f.name, f).metadata["shared"] else f
     values = {}
     for name, value in config.options.items():
@@ -231,7 +239,7 @@ def options_of(config: RunConfig):
                 if known
                 else f"{name}={value!r}: {config.method} takes no options."
             )
-        elif not about[name].metadata["shared"] and value != about[name].default:
+        elif not about[name].metadata["shared"] and value not in usual[name]:
             fit = " or ".join(map(repr, others[name]))
             raise ValueError(f"{flat_name(about[name])}={value!r} is for method {fit}, not "
                              f"{config.method!r}.")  # fmt: skip
