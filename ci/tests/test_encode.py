@@ -413,7 +413,8 @@ def test_processes_on_one_cache_at_once(tmp_path):
     log, cache = tmp_path / "log", tmp_path / "both"
     processes = [script(code, cache, n, tmp_path / f"ready-{n}", log) for n in (30, 29, 17)]
     assert [p.wait(120) for p in processes] == [0, 0, 0]
-    assert len(log.read_text()) > 30  # they did overlap
+    # each image once, but for the last shard of a shorter one, which is not a shard of the others
+    assert 30 <= len(log.read_text()) <= 30 + 2 * 3
     encoder = Encoder()
     with warnings.catch_warnings():
         warnings.simplefilter("error")

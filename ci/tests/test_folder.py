@@ -317,9 +317,10 @@ def test_a_sealed_class_folder_for_another_user_than_root(root):
     for mode in (0o000, 0o444, 0o300):
         sealed.append(shutil.copytree(root, root.with_name(f"pets-{mode:o}")) / "cat")
         sealed[-1].chmod(mode)
-    for folder in [root, *root.parents][:4]:  # pytest's own folders are for their user alone
-        if folder != Path(tempfile.gettempdir()):
-            folder.chmod(0o755)
+    for folder in [root, *root.parents]:  # pytest's own folders are for their user alone
+        if folder == Path(tempfile.gettempdir()):
+            break
+        folder.chmod(0o755)
     code = (
         "import os, sys\n"
         "from tpt_nb.datasets import load_folder\n"
