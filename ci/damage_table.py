@@ -101,7 +101,7 @@ def summarise(columns: list[dict], lines: list[dict]) -> list[dict]:
     """Per row: accuracy and paired gain over zero-shot by column and over the damages."""
     cells = {(line["row"], line["column"]): line for line in lines}
     labels = list(dict.fromkeys(line["row"] for line in lines))
-    groups = {"damage": [c["name"] for c in columns if c["group"] == "damage"]}
+    damages = [c["name"] for c in columns if c["group"] == "damage"]
 
     def right(label: str, names: list[str]) -> np.ndarray:
         return np.mean([cells[label, name]["right"] for name in names], axis=0)
@@ -114,16 +114,13 @@ def summarise(columns: list[dict], lines: list[dict]) -> list[dict]:
         row = {"row": label, "columns": {}}
         for column in columns:
             cell = cells[label, column["name"]]
-            bins = metrics.reliability(cell["confidence"], cell["right"])
-            gap = (bins["n"] * (bins["accuracy"] - bins["confidence"]).abs()).sum()
             row["columns"][column["name"]] = {
                 "accuracy": float(cell["right"].mean()),
                 "gain": against(label, [column["name"]]),
-                "ece": float(gap / bins["n"].sum()),
+                "ece": metrics.calibration_error(cell["confidence"], cell["right"]),
             }
-        for group, names in groups.items():
-            row[group] = {"accuracy": float(right(label, names).mean())}
-            row[group]["gain"] = against(label, names)
+        row["damage"] = {"accuracy": float(right(label, damages).mean())}
+        row["damage"]["gain"] = against(label, damages)
         row["seconds"] = float(np.mean([cells[label, c["name"]]["seconds"] for c in columns]))
         rows.append(row)
     return rows

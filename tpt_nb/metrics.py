@@ -104,8 +104,13 @@ def ece(records: Records, when: str = "after", bins: int = 15) -> float:
     probability. 15 as in Guo et al., "On Calibration of Modern Neural Networks", ICML 2017; C-TPT
     uses 20.
     """
-    confidence, right = _column(records, "conf", when), correct(records, when)
-    gap = np.bincount(_bin(confidence, bins), weights=right - confidence)
+    return calibration_error(_column(records, "conf", when), correct(records, when), bins)
+
+
+def calibration_error(confidence, correct, bins: int = 15) -> float:
+    """:func:`ece` of the confidences ``[N]`` and of whether each prediction was right."""
+    confidence, correct = np.asarray(confidence, float), np.asarray(correct, float)
+    gap = np.bincount(_bin(confidence, bins), weights=correct - confidence)
     return float(np.abs(gap).sum() / len(confidence))
 
 

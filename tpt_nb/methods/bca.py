@@ -16,9 +16,9 @@ from tpt_nb.methods.method import (
     as_mask,
     back,
     initial_logits,
-    option,
     positive,
     rho,
+    share,
     take,
 )
 from tpt_nb.methods.streams import StreamOptions, in_place, orders_of
@@ -27,17 +27,12 @@ from tpt_nb.models import Prompts, TemplatePrompts
 STATE = 2**19  # numbers in the class centres of streams that go together: they stay in cache
 
 
-def probability(default: float, text: str):
-    """An option in [0, 1]."""
-    return option(default, text, holds=lambda x: 0 <= x <= 1, allowed="a number in [0, 1]")
-
-
 @dataclass(frozen=True)
 class Options(StreamOptions):
     rho: float = rho()
-    centre_above: float = probability(0.05, "probability above which an image moves its centre")
+    centre_above: float = share(0.05, "probability above which an image moves its centre")
     centre_count: float = positive(20_000.0, "images that a centre counts for at the start")
-    prior_above: float = probability(0.65, "probability above which an image moves its prior")
+    prior_above: float = share(0.65, "probability above which an image moves its prior")
     prior_count: float = positive(1.0, "images that a prior counts for at the start")
 
 

@@ -17,6 +17,7 @@ from tpt_nb.methods.method import (
     back,
     fraction,
     initial_logits,
+    not_negative,
     option,
     positive,
     rho,
@@ -45,15 +46,10 @@ class Options(StreamOptions):
     rho: float = rho()
     sigma: float = positive(2e-3, "variance of every feature at the start")
     epsilon: float = fraction(1e-4, "share of the identity in the covariance")
-    weight: float = option(
-        0.02,
-        "rho of the paper: weight of the Gaussians' score, per confident view seen of a class",
-        holds=lambda x: x >= 0,
-        allowed="0 or more",
+    weight: float = not_negative(
+        0.02, "rho of the paper: weight of the Gaussians' score, per confident view seen of a class"
     )
-    eta: float = option(
-        0.3, "largest weight of that score", holds=lambda x: x >= 0, allowed="0 or more"
-    )
+    eta: float = not_negative(0.3, "largest weight of that score")
     start: str = option(
         "constant",
         "of the means: constant (0.001, the code) or text (the text features, its comment)",

@@ -15,6 +15,7 @@ from tpt_nb.methods.method import (
     at_least,
     back,
     initial_logits,
+    not_negative,
     option,
     positive,
     rho,
@@ -45,9 +46,7 @@ class Options(StreamOptions):
     cache_beta: float = option(5.0, "sharpness of the cache")
     residual_step: float = positive(5e-3, "AdamW step of the residuals, per coordinate")
     adam_eps: float = positive(1e-3, "eps of that AdamW: the authors' 1e-3, or TTABC's 1e-8")
-    align: float = option(
-        0.5, "weight of the alignment", holds=lambda x: x >= 0, allowed="0 or more"
-    )
+    align: float = not_negative(0.5, "weight of the alignment")
     sure: float = option(0.1, "entropy, over log2 C, below which the text prototypes move on")
     predict: str = option(
         "image",

@@ -12,7 +12,15 @@ from torch import Tensor
 
 from tpt_nb.losses import entropy
 from tpt_nb.methods.gaussian import gaussian_scores
-from tpt_nb.methods.method import Adapted, Method, back, initial_logits, option
+from tpt_nb.methods.method import (
+    Adapted,
+    Method,
+    back,
+    initial_logits,
+    not_negative,
+    only_the_image,
+    option,
+)
 from tpt_nb.methods.streams import StreamOptions, in_place, orders_of
 from tpt_nb.models import Prompts, TemplatePrompts
 
@@ -22,12 +30,7 @@ STATE = 2**21  # numbers in the means and covariances of streams that go togethe
 @dataclass(frozen=True)
 class Options(StreamOptions):
     gaussian: float = option(0.2, "alpha: weight of the Gaussians' score beside CLIP's logits")
-    doubt: float = option(
-        4.5,
-        "beta: how fast an image's weight falls with its entropy",
-        holds=lambda x: x >= 0,
-        allowed="0 or more",
-    )
+    doubt: float = not_negative(4.5, "beta: how fast an image's weight falls with its entropy")
     entropy_unit: str = option(
         "nats",
         "of the entropy in that weight: nats, or share of the largest one, log C",
@@ -70,10 +73,8 @@ def freetta(
     size = max(1, STATE // (text.numel() + text.shape[1] ** 2))
     parts = rows.to(x.device).split(size)
     score = in_place(torch.cat([_streams(x, weight, text, r) for r in parts]), rows, orders)
-    selected = torch.zeros(features.shape[:2], dtype=torch.bool, device=features.device)
-    selected[:, 0] = True
     logits = base + options.gaussian * score
-    return Adapted(*back(features, logits, base, loss, selected))
+    return Adapted(*back(features, logits, base, loss, only_the_image(features)))
 
 
 def _streams(x: Tensor, weight: Tensor, text: Tensor, rows: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tpt_nb.core.images import as_rgb, view_seed
-from tpt_nb.methods.method import Setting, check_features, option
+from tpt_nb.methods.method import Setting, check_features, not_negative
 from tpt_nb.models import Prompts, TemplatePrompts
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -25,7 +25,7 @@ Pixels = Callable[[str], Tensor]  # image id -> its views, uint8 [V,3,S,S]
 def prior_option(default: float):
     """The weight of the source's statistics, in images."""
     text = f"weight of the source's batch-norm statistics, in images; 0: none ({default:g})"
-    return option(default, text, holds=lambda x: x >= 0, allowed="0 or more")
+    return not_negative(default, text)
 
 
 def batch_norms(tower: nn.Module) -> list[nn.Module]:

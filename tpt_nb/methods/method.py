@@ -166,6 +166,16 @@ def positive(default: float | None, text: str, **more):
     )
 
 
+def not_negative(default: float, text: str, **more):
+    """An option from 0 on."""
+    return option(default, text, holds=lambda x: 0 <= x < math.inf, allowed="0 or more", **more)
+
+
+def share(default: float, text: str, **more):
+    """An option in [0, 1]."""
+    return option(default, text, holds=lambda x: 0 <= x <= 1, allowed="a number in [0, 1]", **more)
+
+
 def at_least(low: int, default: int | None, text: str, **more):
     """A whole number from ``low`` on."""
     return option(default, text, holds=lambda x: x >= low, allowed=f"{low} or more", **more)
@@ -260,6 +270,13 @@ def as_mask(chosen: Tensor, features: Tensor) -> Tensor:
     """Indices ``[B,k]`` -> bool ``[B,V]``."""
     mask = torch.zeros(features.shape[:2], dtype=torch.bool, device=chosen.device)
     return mask.scatter(1, chosen, True)
+
+
+def only_the_image(features: Tensor) -> Tensor:
+    """The mask ``[B,V]`` of a method that looks at view 0 alone."""
+    mask = torch.zeros(features.shape[:2], dtype=torch.bool, device=features.device)
+    mask[:, 0] = True
+    return mask
 
 
 def back(features: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:

@@ -32,6 +32,7 @@ from tpt_nb.methods.method import (
     at_least,
     back,
     initial_logits,
+    only_the_image,
     option,
     positive,
 )
@@ -150,9 +151,7 @@ def _stream(
     with own_statistics(clip.model.visual, options.prior):
         streamed = [torch.cat(of_stream(row.split(options.batch_size), predict)) for row in rows]
     logits = in_place(torch.stack(streamed), rows, orders)
-    selected = torch.zeros(features.shape[:2], dtype=torch.bool, device=features.device)
-    selected[:, 0] = True
-    return Adapted(*back(features, logits, before, entropy(before), selected))
+    return Adapted(*back(features, logits, before, entropy(before), only_the_image(features)))
 
 
 def _need_batch_norm(clip: Clip) -> None:

@@ -19,8 +19,10 @@ from tpt_nb.methods.method import (
     back,
     fraction,
     initial_logits,
-    option,
+    not_negative,
+    only_the_image,
     positive,
+    share,
 )
 from tpt_nb.methods.streams import StreamOptions, in_place, orders_of
 from tpt_nb.models import Prompts, TemplatePrompts
@@ -30,19 +32,10 @@ STATE = 2**19  # numbers in the proxies of streams that go together: they stay i
 
 @dataclass(frozen=True)
 class Options(StreamOptions):
-    proxy_step: float = option(
-        0.5, "c_w: step of the visual proxies", holds=lambda x: x >= 0, allowed="0 or more"
-    )
-    balance_step: float = option(
-        20.0, "c_r: step of the balance of classes", holds=lambda x: x >= 0, allowed="0 or more"
-    )
+    proxy_step: float = not_negative(0.5, "c_w: step of the visual proxies")
+    balance_step: float = not_negative(20.0, "c_r: step of the balance of classes")
     balance: float = fraction(1.0, "alpha: share of the balanced stream that each class must get")
-    mix: float = option(
-        0.8,
-        "beta: weight of the visual proxies at the end of the stream",
-        holds=lambda x: 0 <= x <= 1,
-        allowed="a number in [0, 1]",
-    )
+    mix: float = share(0.8, "beta: weight of the visual proxies at the end of the stream")
     softer: float = positive(4.0, "tau_i / tau_t: temperature of the visual proxies")
     horizon: int | None = at_least(
         1, None, "images that the stream is planned for; default: those that it has"
@@ -78,9 +71,7 @@ def onzeta(
     size = max(1, STATE // text.numel())
     outs = [_streams(x, p, text, scale, part, options) for part in rows.to(x.device).split(size)]
     logits = in_place(torch.cat(outs), rows, orders)
-    selected = torch.zeros(features.shape[:2], dtype=torch.bool, device=features.device)
-    selected[:, 0] = True
-    return Adapted(*back(features, logits, base, entropy(base), selected))
+    return Adapted(*back(features, logits, base, entropy(base), only_the_image(features)))
 
 
 def _streams(

@@ -14,6 +14,7 @@ from tpt_nb.methods.method import (
     Method,
     back,
     check_features,
+    not_negative,
     option,
     positive,
     weight_of,
@@ -24,16 +25,12 @@ from tpt_nb.models import Prompts, TemplatePrompts
 MEMORY = 0.3  # share of the latest image in what the stream showed lately: about three images
 
 
-def _positive_or_0(default: float, text: str):
-    return option(default, text, holds=lambda x: x >= 0, allowed="0 or more")
-
-
 @dataclass(frozen=True)
 class Options:
     contrast: float = option(0.7, "share of the views' mean logits that is taken off each part's")
     temperature: float = positive(1.3, "softens the predictions of the parts")
-    certainty: float = _positive_or_0(1.6, "a part of entropy H has weight exp(-certainty * H)")
-    whole: float = _positive_or_0(0.5, "weight of the whole's logits beside the parts' votes")
+    certainty: float = not_negative(1.6, "a part of entropy H has weight exp(-certainty * H)")
+    whole: float = not_negative(0.5, "weight of the whole's logits beside the parts' votes")
     near: float = positive(0.1, "cosines by which a view may differ from the image and be whole")
     sharpness: float = positive(1.5, "of the final prediction; moves no class, only calibration")
 

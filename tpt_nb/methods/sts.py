@@ -6,17 +6,14 @@ import torch
 from torch import Tensor
 
 from tpt_nb.methods import tps
-from tpt_nb.methods.method import Adapted, Method, option
+from tpt_nb.methods.method import Adapted, Method, not_negative, option
 from tpt_nb.models import Prompts, TemplatePrompts
 
 
 @dataclass(frozen=True)
 class Options(tps.Options):
-    penalty: float = option(
-        0.0,
-        "lambda_R: weight of the squared shift; counts from the second step on",
-        holds=lambda x: x >= 0,
-        allowed="0 or more",
+    penalty: float = not_negative(
+        0.0, "lambda_R: weight of the squared shift; counts from the second step on"
     )
     predict: str = option(
         "confident",

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tpt_nb.losses import entropy
-from tpt_nb.methods.method import Adapted, Method, at_least, back, initial_logits
+from tpt_nb.methods.method import Adapted, Method, at_least, back, initial_logits, only_the_image
 from tpt_nb.methods.streams import StreamOptions, one_or_many, orders_of
 from tpt_nb.models import Prompts, TemplatePrompts
 
@@ -98,9 +98,8 @@ def _in_batches(
         after = after.view(len(rows), b, c)
     else:  # the order is of no account
         after = _assign(x[None], logits[None], text, gaussians).expand(len(rows), -1, -1)
-    selected = torch.zeros(features.shape[:2], dtype=torch.bool)
-    selected[:, 0] = True
-    return Adapted(*back(features, one_or_many(after, orders), logits, entropy(logits), selected))
+    after, mask = one_or_many(after, orders), only_the_image(features)
+    return Adapted(*back(features, after, logits, entropy(logits), mask))
 
 
 def _batches(rows: Tensor, size: int) -> list[Tensor]:

@@ -24,7 +24,7 @@ from tpt_nb.methods.method import (
     as_mask,
     back,
     initial_logits,
-    option,
+    not_negative,
     weight_of,
 )
 from tpt_nb.methods.tuning import OPTIMIZERS, TuningOptions, check_tuning, resolve
@@ -33,9 +33,7 @@ from tpt_nb.models import Prompts
 
 @dataclass(frozen=True)
 class Options(TuningOptions):
-    encoder_lr: float = option(
-        5e-6, "step of the image tower", holds=lambda x: x >= 0, allowed="0 or more"
-    )
+    encoder_lr: float = not_negative(5e-6, "step of the image tower")
 
 
 def tune_encoder(

@@ -14,6 +14,7 @@ from tpt_nb.methods.method import (
     back,
     check_features,
     initial_logits,
+    not_negative,
     option,
     positive,
     rho,
@@ -39,9 +40,7 @@ class ZeroOptions:
 class ContrastOptions:
     contrast: float = option(0.4, "share of the views' mean logits that is taken off each view's")
     temperature: float = positive(2.0, "softens the predictions")
-    image: float = option(
-        2.0, "votes of the whole image", holds=lambda x: x >= 0, allowed="0 or more"
-    )
+    image: float = not_negative(2.0, "votes of the whole image")
 
 
 @torch.no_grad()

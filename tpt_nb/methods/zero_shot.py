@@ -6,7 +6,15 @@ import torch
 from torch import Tensor
 
 from tpt_nb.losses import entropy, log_mean_prob, marginal_entropy, select_confident
-from tpt_nb.methods.method import Adapted, Method, as_mask, back, initial_logits, rho
+from tpt_nb.methods.method import (
+    Adapted,
+    Method,
+    as_mask,
+    back,
+    initial_logits,
+    only_the_image,
+    rho,
+)
 from tpt_nb.models import Prompts, TemplatePrompts
 
 
@@ -24,9 +32,7 @@ class Options:
 def zero_shot(features: Tensor, prompts: Prompts | TemplatePrompts, options=None) -> Adapted:
     """View 0 under the initial prompt; ``loss`` is the entropy of that prediction."""
     logits = initial_logits(features[:, :1], prompts)[:, 0].to(features.device)
-    selected = torch.zeros(features.shape[:2], dtype=torch.bool, device=features.device)
-    selected[:, 0] = True
-    return Adapted(logits, logits, entropy(logits), selected)
+    return Adapted(logits, logits, entropy(logits), only_the_image(features))
 
 
 @torch.no_grad()

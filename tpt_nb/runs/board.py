@@ -25,9 +25,7 @@ from tpt_nb.runs.records import Run
 
 STREAMS = DATA / "streams.json"
 TAILS = ("shuffled", "sorted")  # the kinds of stream whose tail stands in the table
-FEW = (
-    4000  # resamples where there are hundreds of intervals; their ends move by less than 0.1 point
-)
+FEW = 4000  # resamples, where there are hundreds of intervals: ends move by less than 0.1 point
 
 
 @dataclass(frozen=True)
@@ -137,7 +135,6 @@ def _row(label: str, mine: list[tuple[Cell, Run]], groups: Mapping, means: Mappi
     for variant, g in groups.items():
         x = means[label, variant]["right"].to_numpy()
         firsts.append(g[g["order"] == g.groupby("seed")["order"].transform("min")])
-        bins = metrics.reliability(firsts[-1]["confidence"], firsts[-1]["right"])
         times = [_seconds(run.summary) for cell, run in mine if cell.variant == variant]
         adapt, encode = np.mean(times, axis=0)
         row["variants"][variant] = {
@@ -145,7 +142,7 @@ def _row(label: str, mine: list[tuple[Cell, Run]], groups: Mapping, means: Mappi
             "accuracy": float(x.mean()),
             "ci95": metrics.bootstrap_difference(np.zeros(len(x)), x, resamples=FEW),
             "by_seed": g.groupby("seed")["right"].mean().tolist(),
-            "ece": float((bins.n * (bins.accuracy - bins.confidence).abs()).sum() / bins.n.sum()),
+            "ece": metrics.calibration_error(firsts[-1]["confidence"], firsts[-1]["right"]),
             # above 0: surer than right; below: right more often than it believes
             "overconfidence": float((firsts[-1]["confidence"] - firsts[-1]["right"]).mean()),
             "log_prob": float(g["log_prob"].mean()),

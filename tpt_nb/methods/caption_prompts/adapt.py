@@ -17,7 +17,16 @@ from tpt_nb.methods.caption_prompts.words import (
     personal_prompts,
     plain_name,
 )
-from tpt_nb.methods.method import Adapted, Method, Prepared, Setting, back, check_features, option
+from tpt_nb.methods.method import (
+    Adapted,
+    Method,
+    Prepared,
+    Setting,
+    back,
+    check_features,
+    only_the_image,
+    option,
+)
 from tpt_nb.models import Prompts, TemplatePrompts
 
 
@@ -74,9 +83,7 @@ def caption_prompts(
             weight = caption_weight(x, own.to(x), standard, scale)
         text = mix(standard, text, weight)
     logits = scale * torch.einsum("bd,bcd->bc", x, text)
-    selected = torch.zeros(features.shape[:2], dtype=torch.bool)
-    selected[:, 0] = True
-    return Adapted(*back(features, logits, before, entropy(logits), selected))
+    return Adapted(*back(features, logits, before, entropy(logits), only_the_image(features)))
 
 
 def mix(standard: Tensor, personal: Tensor, weight: Tensor) -> Tensor:
