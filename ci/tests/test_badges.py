@@ -75,7 +75,8 @@ def test_the_first_cell_is_eight_lines_and_imports_nothing_that_may_have_to_be_i
     for node in ast.walk(ast.parse(CELL[:start])):
         if isinstance(node, ast.Import):
             assert {a.name.split(".")[0] for a in node.names} <= sys.stdlib_module_names
-    code = "import sys; from tpt_nb.lessons import check, setup, widgets; print(*sys.modules)"
+    code = "import sys; from tpt_nb.lessons import check, findings, setup, widgets\n"
+    code += "print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO)
     loaded = set(done.stdout.split())
     assert "tpt_nb.lessons.widgets" in loaded

@@ -33,7 +33,7 @@ values = {"dataset": "iconshift-v2", "model": "mini", "method": "tpt", "n_aug": 
 values |= {"profile": "mini", "reduced_size": 3, "cache": sys.argv[1], "out": sys.argv[1]}
 runs.run(values, progress=False)
 told()
-from tpt_nb.lessons import check, setup, widgets
+from tpt_nb.lessons import check, findings, setup, widgets
 from tpt_nb import datasets, features, figures, losses, methods, metrics, models, runs, views
 told()
 print(json.dumps(simple_tokenizer()(["A Zebra, isn't it?", "x" * 300]).tolist()))

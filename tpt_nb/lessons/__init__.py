@@ -1,7 +1,8 @@
-"""What only notebooks need: ``setup`` (first cells), ``check`` (exercises), ``widgets``.
+"""What only notebooks need: ``setup`` (first cells), ``check``, ``findings``, ``widgets``.
 
 Never here: ``course``, ``scale``. Notebooks import the modules, which need only what a bare Colab
-has. To add an explorer, write a function in ``widgets`` that ends in ``explorer(plot, ...)``.
+has. To add an explorer, write a function in ``widgets`` that ends in ``explorer(plot, ...)``; to
+say what a table or figure shows, call one of ``findings`` below it.
 """
 
-__all__ = ["check", "setup", "widgets"]
+__all__ = ["check", "findings", "setup", "widgets"]
