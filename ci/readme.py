@@ -244,10 +244,35 @@ def cost(r: dict) -> str:
     text += f"{a['largest_logit_difference']:.0e}."
     if "once_s" in r:
         text += f" What belongs to the initial context is made once: {r['once_s']:.1f} s."
-    grown = r.get("growth", {}).get("classes", {}).items()
-    parts = [f"{row['over_floor']:.2f} with {int(n):,}" for n, row in grown]
-    if parts:
-        text += f" All of it is this many times the encoder: {', '.join(parts)} classes."
+    return text
+
+
+def growth(r: dict) -> str:
+    """What TPT costs with more classes, views and steps, from ``ci/bench/growth.py``."""
+    floors, lines = r["floors"], []
+    for name, steps, n in sorted({(c["model"], c["steps"], c["classes"]) for c in r["cells"]}):
+        same = {
+            c["views"]: c
+            for c in r["cells"]
+            if (c["model"], c["steps"], c["classes"]) == (name, steps, n)
+        }
+        line = [name, str(steps), f"{n:,}"]
+        for views in floors[name]:
+            c = same.get(int(views), {})
+            both = [c.get("over_floor"), c.get("over_floor_run")]
+            line.append(" / ".join(f"{x:.2f}" for x in both if x is not None) or "-")
+        lines.append(line)
+    counts = list(dict.fromkeys(views for rows in floors.values() for views in rows))
+    head = "model | steps | classes | " + " | ".join(f"{views} views" for views in counts)
+    text = "Encoder, views and TPT of one image as a multiple of the encoder alone, random "
+    text += f"weights, {' '.join(filter(None, [r.get('processor'), r['device']]))}. Where two "
+    text += (
+        "numbers stand, the first is an image alone and the second one of many, whose gradients "
+    )
+    text += f"are one product with a stored Jacobian.\n\n{markdown(head, lines)}"
+    if r["left_out"]:
+        cells = [f"{m} {n:,} × {v} × {steps}" for m, n, v, steps in r["left_out"]]
+        text += f"\n\nNot measured for want of time (classes × views × steps): {', '.join(cells)}."
     return text
 
 
@@ -286,6 +311,7 @@ SECTIONS = [  # page, name of the section, file of the numbers, how to say them
     (REPO / "README.md", "study", STUDY, study),
     (REPO / "README.md", "leaderboard", REPO / "data" / "leaderboard.json", leaderboard),
     (REPO / "README.md", "cost", REPO / "data" / "bench_rn50.json", cost),
+    (REPO / "README.md", "growth", REPO / "data" / "bench_growth.json", growth),
     (MINICLIP / "README.md", "results", EVALUATION, table),
     (MINICLIP / "README.md", "training", MINICLIP / "training.jsonl", training),
     (MINICLIP / "README.md", "text", MINICLIP / "training-text.jsonl", text_training),

@@ -40,7 +40,7 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from tpt_nb import datasets, methods, models
-from tpt_nb.core.machine import device_name
+from tpt_nb.core.machine import device_name, has_gpu
 from tpt_nb.datasets import iconshift
 from tpt_nb.features import encode
 from tpt_nb.methods import tuning
@@ -50,7 +50,6 @@ from tpt_nb.views import RandomViews, view_seed
 
 TPT = methods.get("tpt")
 IMAGE_SIZE = (500, 375)  # of the typical photograph in ImageNet
-GROWTH_CLASSES, GROWTH_VIEWS = (50, 200, 1000), (16, 64, 256)
 
 
 # --- what is measured ----------------------------------------------------------------------------
@@ -246,8 +245,6 @@ def bench(args: argparse.Namespace, say: Callable) -> dict:
         "tflop": counted(clip, prompts, views, features, lr),
         "agreement": agreement(fast, paper),
     }
-    if not args.quick:
-        out["growth"] = growth(args, clip, lr, out, say)
     return out
 
 
@@ -284,33 +281,6 @@ def counted_fast(prompts: Prompts, features: torch.Tensor, lr: float) -> float:
         return flops(lambda: TPT(features, plain, lr=lr)) / 1e12
     finally:
         packed.lay_out = laid_out
-
-
-def growth(args, clip, lr: float, base: dict, say: Callable) -> dict:
-    """Seconds per image of the fast path and the floor with more classes, and with more views."""
-    device, out = clip.device, {"classes": {}, "views": {}}
-    for n in GROWTH_CLASSES:
-        prompts = Prompts(clip, class_names(str(n)))
-        features = near_features(prompts, 1, args.views)
-        TPT(features, prompts, lr=lr)
-        fast = min(clock(lambda: TPT(features, prompts, lr=lr), device) for _ in range(2))  # noqa: B023
-        over = (base["floor_s"] + base["views_s"] + fast) / base["floor_s"]
-        out["classes"][n] = {"fast_s": fast, "over_floor": over}
-        if n < base["classes"]:  # with a thousand classes the paper's path needs more than 30 GB
-            paper = clock(lambda: TPT(features, prompts, lr=lr, exact="paper"), device)  # noqa: B023
-            out["classes"][n]["paper_s"] = paper
-        say(f"  {n} classes: fast {fast:.3f} s, {over:.2f} of the floor")
-    prompts = Prompts(clip, class_names(args.classes))
-    for v in GROWTH_VIEWS:
-        features = near_features(prompts, 1, v)
-        views = RandomViews(n_aug=v - 1, size=clip.image_size)(photograph(), 0)
-        TPT(features, prompts, lr=lr)
-        fast = min(clock(lambda: TPT(features, prompts, lr=lr), device) for _ in range(2))  # noqa: B023
-        batch = base["encoder_batch"]
-        floor = clock(lambda: clip.encode_views(views, batch=batch), device)  # noqa: B023
-        out["views"][v] = {"fast_s": fast, "floor_s": floor}
-        say(f"  {v} views: fast {fast:.3f} s, floor {floor:.3f} s")
-    return out
 
 
 def end_to_end(args: argparse.Namespace, say: Callable) -> dict:
@@ -397,7 +367,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=0, help="3; with --quick 1 (mini 3)")
     parser.add_argument("--batch", type=int, default=0, help="images per call of the fast path")
     parser.add_argument("--images", type=int, default=0, help="mini end to end: 1000, quick 200")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="cuda" if has_gpu() else "cpu")
     parser.add_argument("--quick", action="store_true", help="under three minutes on two cores")
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
     parser.add_argument("--save", type=Path, metavar="FILE", help="write the JSON there too")
@@ -450,9 +420,6 @@ def report(r: dict) -> None:
         f"agreement on {a['images']} images: predictions {a['same_prediction']}, selected views "
         f"{a['same_selection']}, logits within {a['largest_logit_difference']:.1e}"
     )
-    for what, rows in r.get("growth", {}).items():
-        for n, row in rows.items():
-            print(f"{n:>5} {what:<12}" + ", ".join(f"{k} {v:.3f}" for k, v in row.items()))
     for key, value in r.get("end_to_end", {}).items():
         print(f"{key:<24}{value}")
 

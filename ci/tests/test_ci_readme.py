@@ -133,17 +133,32 @@ def test_cost_says_what_the_benchmark_measured():
             "images": 4, "same_prediction": True, "same_selection": True,
             "largest_logit_difference": 2e-5,
         },
-        "growth": {"classes": {"1000": {"fast_s": 3.0, "over_floor": 1.76}}},
     }  # fmt: skip
     text = readme.cost(measured)
     assert "| here | 4 | 0.05 | 0.75 | 4.8 | 1.20 |" in text
     assert "| as the paper's code does it | 4 | 0.05 | 40 | 44 | 11.01 |" in text
     assert "53 times less" in text and "2.0 of 8.0 GB" in text and "are the same" in text
-    assert "1.76 with 1,000 classes" in text and "**" not in text
+    assert "**" not in text
     measured |= {"note": "other jobs ran", "memory_ratio": None, "memory_bytes": {"paper": None}}
     measured["agreement"]["same_selection"] = False
     text = readme.cost(measured)
     assert "runs, **other jobs ran**:" in text and "GB" not in text and "DIFFER" in text
+
+
+def test_growth_has_a_row_of_each_model_and_a_column_of_each_number_of_views():
+    def cell(n, views, over, in_run):
+        keys = ("model", "classes", "views", "steps", "over_floor", "over_floor_run")
+        return dict(zip(keys, ("RN50", n, views, 1, over, in_run), strict=True))
+
+    measured = {
+        "device": "cpu (x86_64, 1 threads)", "floors": {"RN50": {"16": {}, "64": {}}},
+        "cells": [cell(50, 16, 1.5, 1.25), cell(50, 64, 1.125, None), cell(1000, 16, 9.0, None)],
+        "left_out": [["RN50", 1000, 64, 1]],
+    }  # fmt: skip
+    text = readme.growth(measured)
+    assert "| model | steps | classes | 16 views | 64 views |" in text
+    assert "| RN50 | 1 | 50 | 1.50 / 1.25 | 1.12 |" in text
+    assert "| RN50 | 1 | 1,000 | 9.00 | - |" in text and "RN50 1,000 × 64 × 1." in text
 
 
 def test_the_study_is_shown_as_measured_and_as_reported():
