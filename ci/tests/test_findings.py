@@ -74,6 +74,13 @@ def test_one_run_is_compared_with_its_own_start(shown):
     assert "no difference shown" in same and "right on the same images" in same
 
 
+def test_right_or_wrong_is_enough(shown):
+    rng = np.random.default_rng(1)
+    a, b = records(rng, 80, 0.3), records(rng, 80, 0.7)
+    right = [np.array([r["pred_after"] == 1 for r in run]) for run in (a, b)]
+    assert findings.compare(*right, "a", "b") == findings.compare(a, b, "a", "b")
+
+
 def test_a_known_interval(shown):
     text = findings.gain(11.04, 6.8, 15.2, "TPT", "zero-shot")
     assert text == "TPT gains 11.0 points [6.8, 15.2] over zero-shot."

@@ -1,5 +1,6 @@
 """Checks in exercises: one line if it is right, else what was expected and what came.
 
+``predict`` keeps what a student expects, and ``reveal`` shows a result to who has said so.
 ``close`` and ``equal`` are the visible checks beside an answer. ``report`` is for hidden tests: it
 holds no expected value, but hands over what the answer gives, and the grader (``tpt_nb.course``)
 compares that with what the reference solution gives for the same random numbers (``seed``).
@@ -7,6 +8,7 @@ compares that with what the reference solution gives for the same random numbers
 
 import base64
 import os
+import re
 import sys
 
 import numpy as np
@@ -82,6 +84,81 @@ def report(what: str, got, atol: float = 1e-5) -> None:
     from IPython.display import display
 
     display({MIME: value, "text/plain": what}, raw=True)
+
+
+# --- predictions ---------------------------------------------------------------------------------
+
+_GUESSES: dict[str, str] = {}  # question -> what was predicted
+_SHOWN: dict[str, str] = {}  # question -> what was predicted when the result was shown
+
+
+def predict(question: str, guess: str, options: dict[str, str]) -> None:
+    """Keep a prediction, to be compared with the result by :func:`reveal`.
+
+    Args:
+        question: such as "02.P".
+        guess: one of the options; ``...`` is none.
+        options: what can be predicted -> what it means.
+    Raises:
+        AssertionError: it is not one of them.
+        NotImplementedError: nothing is predicted yet.
+    """
+    if guess is ...:
+        raise NotImplementedError(f"exercise {question}")
+    if guess not in options:
+        wanted = ", ".join(map(repr, options))
+        raise AssertionError(f"{question}: expected one of {wanted}, got {guess!r}.")
+    if _SHOWN.get(question, guess) != guess:
+        first = _SHOWN[question]
+        print(f"{question}: you have seen the result; what you predicted is {first}.")
+        return
+    _GUESSES[question] = guess
+    print(f"{question}: you predict {guess} ({options[guess]}). Now run on.")
+
+
+def reveal(question: str, result: str, detail: str = "") -> None:
+    """Compare a result with what was predicted; shows nothing to who has predicted nothing.
+
+    Args:
+        question: such as "02.P".
+        result: which of the options it is.
+        detail: the measurement behind it.
+    """
+    if question not in _GUESSES:
+        print(f"First predict (exercise {question}, above), then run this cell again.")
+        return
+    guess = _SHOWN[question] = _GUESSES[question]
+    print(f"Result of {question}: {result}" + (f" ({detail})" if detail else ""))
+    right = "That is what you predicted." if guess == result else f"You predicted {guess}. Why?"
+    print(right)
+
+
+def go_on(shell) -> None:
+    """Let "Run all" pass an exercise without answer: one line in the place of an error.
+
+    Args:
+        shell: IPython's, or None outside of it.
+    """
+    if shell is None:
+        return
+
+    def say(shell, kind, error, trace, tb_offset=None) -> None:
+        if _is_open(error):
+            print(f"{str(error).capitalize()} is not answered yet.")
+        else:
+            shell.showtraceback((kind, error, trace), tb_offset=tb_offset)
+
+    def forgive(result) -> None:
+        if _is_open(result.error_in_exec):
+            result.error_in_exec = None  # what makes a front end stop
+
+    shell.set_custom_exc((NotImplementedError,), say)
+    shell.events.register("post_run_cell", forgive)
+
+
+def _is_open(error: BaseException | None) -> bool:
+    stub = re.fullmatch(r"exercise \d\d\.\w+", str(error))
+    return isinstance(error, NotImplementedError) and stub is not None
 
 
 def _array(what: str, value) -> np.ndarray:

@@ -27,7 +27,8 @@ def compare(base, other, base_name: str, name: str) -> str:
     """What ``other`` gains or loses over ``base``, image by image.
 
     Args:
-        base, other: a run, or records (a list of dicts or a frame); "after" of both counts.
+        base, other: a run, or records (a list of dicts or a frame), of which "after" counts; or
+            bool [N], right or wrong, of the same images in the same order.
         base_name, name: what the sentence calls them.
     Raises:
         ValueError: they share no image, or an image has different targets.
@@ -185,7 +186,10 @@ def value(name: str, number: float) -> float:
 
 
 def _records(run):
-    """The records of a run, or what was given."""
+    """The records of a run; of right or wrong [N] the least that ``metrics`` needs."""
+    if isinstance(run, np.ndarray):
+        ids = enumerate(run.astype(bool).tolist())
+        return [{"id": i, "target": 1, "pred_before": 0, "pred_after": int(r)} for i, r in ids]
     return getattr(run, "records", run)
 
 

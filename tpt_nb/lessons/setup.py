@@ -7,18 +7,22 @@ On top level only what a bare Colab has is imported: ``start`` installs the rest
 import dataclasses
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from tpt_nb import figures
+from tpt_nb.core import machine
 from tpt_nb.core.paths import DATA, REPO
+from tpt_nb.lessons import check
 
-__all__ = ["DATA", "REPO", "World", "install", "missing", "prepare", "start", "use_drive"]
+__all__ = ["DATA", "REPO", "World", "install", "missing", "packages", "prepare", "start"]
+__all__ += ["use_drive"]
 
 LIST = REPO / "ci" / "requirements-colab.txt"
 DRIVE = Path("/content/drive/MyDrive")
@@ -43,21 +47,29 @@ def start(drive: bool = False) -> None:
     if hosted or not _version("tpt_nb"):  # an environment of the reader's own is left as it is
         install()
     import torch
+    from IPython import get_ipython
 
     from tpt_nb import __version__
 
     figures.setup()
+    check.go_on(get_ipython())
     print(f"python {platform.python_version()}, torch {torch.__version__}, tpt_nb {__version__}")
     if drive or os.environ.get("TPT_NB_DRIVE"):
         use_drive()
-    if torch.cuda.is_available():
+    if not (problem := machine.gpu_problem()):
         properties = torch.cuda.get_device_properties(0)
         print(f"device: {properties.name}, {properties.total_memory / 2**30:.0f} GB")
         if hosted:
             os.environ.setdefault("TPT_NB_DOWNLOAD", "1")
     else:
         print(f"device: CPU, {torch.get_num_threads()} threads")
-        if "COLAB_RELEASE_TAG" in hosted:
+        if torch.cuda.is_available():
+            print(f"Going without the GPU: {problem}.")
+        if os.environ.get("TPT_NB_PRETEND_GPU") == "1":
+            print("TPT_NB_PRETEND_GPU: the profile is chosen as if there were a GPU.")
+            if hosted:
+                os.environ.setdefault("TPT_NB_DOWNLOAD", "1")
+        elif "COLAB_RELEASE_TAG" in hosted:
             print("For a GPU: Runtime > Change runtime type > T4 GPU, then start again.")
     print(_profile())
 
@@ -67,9 +79,29 @@ def install() -> None:
 
     Their replacement would break the running kernel. Raises ``RuntimeError`` with pip's last words.
     """
-    wanted = missing()
-    if not wanted:
-        return
+    if wanted := missing():
+        _pip(wanted)
+
+
+def packages(*wanted: str) -> Callable[[], None]:
+    """For ``prepare(needs=...)``: has these packages here, installed where downloads are allowed.
+
+    ``wanted`` are lines of a list of requirements. What it returns raises ``ValueError`` with the
+    command that installs them, or ``RuntimeError`` with pip's last words.
+    """
+
+    def bring() -> None:
+        lacking = [line for line in wanted if not _version(re.split("[<>=[]", line)[0])]
+        if lacking and os.environ.get("TPT_NB_DOWNLOAD") != "1":
+            raise ValueError(f"not installed: pip install {' '.join(lacking)}")
+        if lacking:
+            print(f"installing {', '.join(lacking)} ...", flush=True)
+            _pip(lacking)
+
+    return bring
+
+
+def _pip(wanted: list[str]) -> None:
     pins = [f"{name}=={version}" for name in KEEP if (version := _version(name))]
     with tempfile.TemporaryDirectory() as folder:
         constraints = Path(folder) / "constraints.txt"
@@ -113,7 +145,8 @@ def _profile() -> str:
         dataset, model = runs.PROFILES["full"]
         return (
             f"profile auto: full, CLIP {model} on {dataset}, which are downloaded when they are "
-            "first used (0.9 GB); profile=mini needs nothing"
+            "first used (0.9 GB), if this notebook can have all it needs for that; profile=mini "
+            "needs nothing"
         )
     return f"profile auto: {name}, because {why}"
 
@@ -159,6 +192,8 @@ def prepare(
     *,
     coop: str = "",
     n: int | None = None,
+    needs: Sequence[str | Callable[[], Any]] = (),
+    lacking: str = "",
     also: Callable[[World], Any] | None = None,
     mini: dict | None = None,
     out_dir: str = "out/runs",
@@ -166,51 +201,68 @@ def prepare(
 ) -> World:
     """Configuration, images and model for a notebook's parameters; says which.
 
-    Where full was asked for, or is what "auto" found, and something that it needs is not to be had,
-    it says so and goes on with mini. An error of mini, or of a data set or model that was named
-    under "auto", is raised.
+    ``needs`` and ``lacking`` are where a notebook states what it takes for full. What can be
+    downloaded is, where that is allowed; where full was asked for, or is what "auto" found, and
+    something that it needs is not to be had, this says so and goes on with mini. An error of mini,
+    or of a data set or model that was named under "auto", is raised.
 
     Args:
-        coop: CoOp checkpoint to start from; "auto": the embedded one in mini, none in full.
+        coop: CoOp checkpoint to start from; "auto": the embedded one in mini, in full that of
+            CoOp's authors for this model (:func:`tpt_nb.runs.coop_context`).
         n: images to load; default: ``reduced_size`` of the configuration.
+        needs: beside weights and images, for full: names of other data sets, or functions that
+            bring something (:func:`packages`). See :func:`tpt_nb.runs.bring`.
+        lacking: in words, what only the reader can give for full and has not given.
         also: makes or checks what else this notebook needs; its ``ValueError``, ``OSError`` or
             ``RuntimeError`` means that the profile is not possible. Its result is ``extra``.
-        mini: values that are others if it goes on with mini.
+        mini: values that are others in mini: what is "auto", and all of them if it goes on with
+            mini because full is not possible.
         out_dir: where runs are kept, from the top of the repository.
         values: of ``runs.RunConfig``, by the study's names too: profile, model, dataset, ...
     """
     from tpt_nb import runs
 
-    values["out"] = str(REPO / out_dir)
+    values |= {"out": str(REPO / out_dir), "coop": coop}
+    wanted = {"needs": needs, "lacking": lacking}
     asked = {name: values.get(name, "auto") for name in ("profile", "dataset", "model")}
     try:
-        world = _world(coop, n, also, values)
+        world = _world(n, also, values, wanted, mini)
     except (ValueError, OSError, RuntimeError) as error:
         if set(asked.values()) == {"auto"}:
-            asked["profile"], _ = runs.choose_profile(runs.RunConfig())
+            asked["profile"], _ = runs.choose_profile(runs.RunConfig(coop=coop), **wanted)
         if asked["profile"] != "full":
             raise
         print(f"PROFILE full IS NOT POSSIBLE HERE: {error}")
         print("Going on with mini; nothing is ImageNet-A.")
         values |= {"profile": "mini", "dataset": "auto", "model": "auto", "root": ""}
-        world = _world(coop and "auto", n, also, values | (mini or {}), "full is not possible here")
+        values |= {"coop": coop and "auto"} | (mini or {})
+        world = _world(n, also, values, {}, None, "full is not possible here")
     config, images = world.config, world.images
     print(f"profile {config.profile} ({world.why}): {world.clip.name} on {images.name}", end=", ")
     print(f"device {config.device}\n{len(images)} images of {len(images.classnames)} classes")
     if coop:
-        print("the prompt starts from", "CoOp" if config.coop else repr(config.ctx_init))
+        print(f"the prompt starts from {'CoOp' if config.coop else repr(config.ctx_init)}", end="")
+        none = coop == "auto" and not config.coop
+        print(f" (CoOp's authors published no context for {config.model})" if none else "")
     return world
 
 
-def _world(coop: str, n: int | None, also, values: dict, why: str = "") -> World:
+def _world(
+    n: int | None, also, values: dict, wanted: dict, mini: dict | None, why: str = ""
+) -> World:
     from tpt_nb import datasets, models, runs
 
-    config, reason = runs.resolve(runs.RunConfig.from_dict(values))
-    if coop == "auto":
-        coop = "mini" if config.model == "mini" else ""
-    if coop:
-        config, _ = runs.resolve(dataclasses.replace(config, coop=coop))
+    names = ("profile", "dataset", "model", "root", "coop")
+    asked = runs.RunConfig(**{name: values[name] for name in names if name in values})
+    profile, reason = runs.choose_profile(asked, **wanted)
+    if profile == "mini":
+        values = values | {k: v for k, v in (mini or {}).items() if values.get(k) == "auto"}
+    if asked.profile == "auto" and "auto" in (asked.dataset, asked.model):
+        values = values | {"profile": profile}  # decided: a data set of `mini` is not a named one
+        wanted = {} if profile == "mini" else wanted
+    config, named = runs.resolve(runs.RunConfig.from_dict(values), **wanted)
+    why = why or (reason if asked.profile == "auto" else named)
     n = config.reduced_size if n is None else n
     images = datasets.load(config.dataset, n=n, root=config.root or None)
-    world = World(config, why or reason, images, models.load(config.model, device=config.device))
+    world = World(config, why, images, models.load(config.model, device=config.device))
     return dataclasses.replace(world, extra=also(world)) if also else world
