@@ -151,7 +151,8 @@ def bands(
     Args:
         panels: title of the panel -> name of the curve -> (x, interval per x).
         points: the same for marks without a line.
-        levels: title of the panel -> name -> value: dashed horizontal lines.
+        levels: title of the panel -> name -> value: grey horizontal lines, named in the legend
+            (a name beside its line would hide what lies there).
         columns: panels in a row; default: all of them.
         share_y: one value axis for all panels.
     """
@@ -160,6 +161,7 @@ def bands(
     names = dict.fromkeys(n for part in (panels, points) for p in part.values() for n in p)
     looks = {n: {"label": n, **parts.look(i)} for i, n in enumerate(names)}
     dashes = {n: LINES[i % 6] for i, n in enumerate(names)}
+    known = list(dict.fromkeys(name for part in levels.values() for name in part))
     for axis, (panel, named) in zip(axes.flat, panels.items(), strict=False):
         for name, (x, values) in named.items():
             _banded(axis, x, values, linestyle=dashes[name], **looks[name])
@@ -167,8 +169,9 @@ def bands(
             value, error = parts.whiskers(values)
             style = {"linestyle": "", "elinewidth": 1, "alpha": 0.9}
             axis.errorbar(x, value, yerr=error, **style, **looks[name])
-        for k, (name, value) in enumerate(levels.get(panel, {}).items()):
-            _level(axis, name, value, below=bool(k % 2))
+        for name, value in levels.get(panel, {}).items():
+            style = {"linestyle": LINES[1 + known.index(name) % 3], "label": name}
+            axis.axhline(value, color=GREY, linewidth=1.1, zorder=0, **style)
         parts.name_axes(axis, title=panel, grid="y")
     for axis in axes[:, 0]:
         axis.set_ylabel(y_label)
@@ -176,15 +179,6 @@ def bands(
         axis.set_xlabel(x_label)
         axis.tick_params(labelbottom=True)
     return parts.finish(fig, title)
-
-
-def _level(axis: Axes, name: str, value: float, below: bool) -> None:
-    """A dashed line and its name; of two at nearly the same height, one has it below."""
-    axis.axhline(value, color=GREY, linewidth=1, linestyle="--", zorder=0)
-    box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.5}
-    style = {"ha": "right", "va": "top" if below else "bottom", "bbox": box}
-    style |= {"color": GREY, "fontsize": 7.5, "xycoords": axis.get_yaxis_transform()}
-    parts.note(axis, name, (1, value), (0, -2 if below else 2), **style)
 
 
 def responses(
