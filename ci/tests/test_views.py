@@ -190,15 +190,24 @@ def test_tpt_augmix_has_tpts_nine_operations():
     assert np.array_equal(turned, np.asarray(image.rotate(30, resample=Image.BILINEAR)))
 
 
-def test_torchvision_augmix_is_torchvisions_on_the_crop():
-    image, seed = picture(100, 100), 2
-    crops = RandomViews(n_aug=3, size=32)(image, seed)
-    mixed = RandomViews(n_aug=3, size=32, augmix=True, severity=5, augmix_ops="torchvision")(
-        image, seed
-    )
-    for k in range(1, 4):
+@pytest.mark.parametrize("severity", [1, 2, 5, 10])
+@pytest.mark.parametrize("side", [15, 32])
+def test_torchvision_augmix_is_torchvisions_on_each_crop(severity, side):
+    """All at once give the pixels of one after the other, whatever was drawn."""
+    image, seed = picture(100, 80), severity + side
+    common = {"n_aug": 40, "size": side, "severity": severity}
+    crops = RandomViews(**common)(image, seed)
+    mixed = RandomViews(**common, augmix=True, augmix_ops="torchvision")(image, seed)
+    assert torch.equal(crops[0], mixed[0])
+    for k in range(1, 41):
         torch.manual_seed(int(np.random.default_rng([seed, k]).integers(2**63)))
-        assert torch.equal(T.AugMix(severity=5)(crops[k].contiguous()), mixed[k])
+        assert torch.equal(T.AugMix(severity=severity)(crops[k].contiguous()), mixed[k])
+
+
+@pytest.mark.parametrize("ops, dtype", [("tpt", torch.float32), ("torchvision", torch.uint8)])
+def test_nothing_to_mix_is_no_error(ops, dtype):
+    views = RandomViews(n_aug=0, size=8, augmix=True, augmix_ops=ops)(picture(20, 20), 0)
+    assert views.shape == (1, 3, 8, 8) and views.dtype == dtype
 
 
 def test_images_of_other_modes_are_read_as_rgb():

@@ -86,27 +86,27 @@ class _Mixing:
 
     def __call__(self, image: Image.Image, seed: int) -> Tensor:
         """Views [V,3,size,size] of a PIL image: uint8; float32 in [0,1] for real-valued mixes."""
-        mix = mixes.AUGMIX[self.augmix_ops] if self.augmix else None
-        mix = mixes.autoaugment if self.autoaugment else mix
-        if mix is None:
+        if self.only_crops:
             return self._crops(as_rgb(image), seed)
-        is_float = mix in mixes.REAL_VALUED
-        shape = (self.n_views, self.size, self.size, 3)
-        pixels = np.empty(shape, np.float32 if is_float else np.uint8)
+        drawn = list(self._views(as_rgb(image), seed))
+        pixels = np.stack([np.asarray(view) for view, _ in drawn])
+        rows = [k for k, (_, key) in enumerate(drawn) if key is not None]
+        crops = [drawn[k][0] for k in rows]
+        rngs = [np.random.default_rng(drawn[k][1]) for k in rows]
         torch_state = torch.get_rng_state()
-        for k, (view, key) in enumerate(self._views(as_rgb(image), seed)):
-            if key is None:
-                pixels[k] = np.asarray(view)
-                continue
-            rng = np.random.default_rng(key)
-            if self.draws_for_torch or not is_float:
-                # torchvision's mixes draw from torch's global generator. Seed the CPU one only, so
-                # that worker processes stay away from CUDA.
-                torch.default_generator.manual_seed(int(rng.integers(2**63)))
-            pixels[k] = mix(view, rng, self.severity)
-        torch.set_rng_state(torch_state)
-        if is_float:
+        if self.augmix and self.augmix_ops == "torchvision":
+            seeds = [int(rng.integers(2**63)) for rng in rngs]
+            if rows:
+                pixels[rows] = mixes.torchvision_augmix(crops, seeds, self.severity)
+        else:
+            mix = mixes.autoaugment if self.autoaugment else mixes.tpt_augmix
+            pixels = pixels.astype(np.float32)
+            for k, crop, rng in zip(rows, crops, rngs, strict=True):
+                if self.draws_for_torch:
+                    torch.default_generator.manual_seed(int(rng.integers(2**63)))
+                pixels[k] = mix(crop, rng, self.severity)
             np.clip(pixels / np.float32(255), 0, 1, out=pixels)
+        torch.set_rng_state(torch_state)
         return torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
     def _crops(self, image: Image.Image, seed: int) -> Tensor:

@@ -1,6 +1,8 @@
 """AugMix and AutoAugment on views."""
 
-from collections.abc import Callable
+import functools
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -51,12 +53,73 @@ def tpt_augmix(image: Image.Image, rng: np.random.Generator, severity: int) -> n
     return mix
 
 
-def torchvision_augmix(image: Image.Image, rng: np.random.Generator, severity: int) -> np.ndarray:
-    """torchvision's AugMix (13 operations, colour too) on the uint8 tensor: uint8 [S,S,3]."""
+def torchvision_augmix(
+    images: Sequence[Image.Image], seeds: Sequence[int], severity: int
+) -> np.ndarray:
+    """torchvision's AugMix (13 operations, colour too) of n images: uint8 [n,S,S,3].
+
+    The pixels are those of ``torchvision.transforms.AugMix(severity)(image)`` after
+    ``torch.manual_seed(seed)``, image by image. What is drawn is drawn first, and an operation is
+    then done at once to all images that have it next, which takes half the time: most of a call on
+    one small image is overhead. Leaves torch's generator of the CPU at another place.
+    """
+    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
+    batch = pixels.permute(0, 3, 1, 2).contiguous()
+    drawn = [_draw(seed, severity, tuple(batch.shape[2:])) for seed in seeds]
+    of_image = torch.stack([weights[0] for weights, _ in drawn]).view(-1, 1, 1, 1)
+    mix = of_image * batch
+    for i in range(3):
+        chains = [chains[i] for _, chains in drawn]
+        weight = torch.stack([weights[1 + i] for weights, _ in drawn]).view(-1, 1, 1, 1)
+        mix.add_(weight * _in_chains(batch, chains))
+    return mix.to(torch.uint8).permute(0, 2, 3, 1).numpy()
+
+
+@functools.cache
+def _torchvisions(severity: int, size: tuple[int, int]) -> tuple:
+    """torchvision's AugMix, and its operations with their magnitudes on images of that size."""
     from torchvision.transforms import AugMix
 
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-    return AugMix(severity=severity)(pixels).permute(1, 2, 0).numpy()
+    mixer = AugMix(severity=severity)
+    return mixer, list(mixer._augmentation_space(mixer._PARAMETER_MAX, size).items())
+
+
+def _draw(seed: int, severity: int, size: tuple[int, int]) -> tuple[torch.Tensor, list[list]]:
+    """What torchvision's AugMix draws for an image, in its order: weights [4] and three chains.
+
+    The weights are of the image and of each chain; a chain is (operation, magnitude), one to three.
+    """
+    mixer, space = _torchvisions(severity, size)
+    # torch's global generator is what torchvision draws from; seed that of the CPU alone, so that
+    # worker processes stay away from CUDA
+    torch.default_generator.manual_seed(seed)
+    m = mixer._sample_dirichlet(torch.tensor([mixer.alpha] * 2).expand(1, -1))
+    shares = mixer._sample_dirichlet(torch.tensor([mixer.alpha] * 3).expand(1, -1)) * m[:, 1:]
+    chains = []
+    for _ in range(3):
+        chain = []
+        for _ in range(int(torch.randint(1, 4, (1,)))):
+            name, (magnitudes, signed) = space[int(torch.randint(len(space), (1,)))]
+            level = float(magnitudes[torch.randint(severity, (1,))]) if magnitudes.ndim else 0.0
+            chain.append((name, -level if signed and torch.randint(2, (1,)) else level))
+        chains.append(chain)
+    return torch.cat([m[0, :1], shares[0]]), chains
+
+
+def _in_chains(batch: torch.Tensor, chains: Sequence[list]) -> torch.Tensor:
+    """Images uint8 [n,3,S,S], each after the operations of its chain."""
+    from torchvision.transforms import InterpolationMode
+    from torchvision.transforms.autoaugment import _apply_op
+
+    batch = batch.clone()
+    for step in range(max(map(len, chains))):
+        alike = defaultdict(list)  # (operation, magnitude) -> images
+        for k, chain in enumerate(chains):
+            if step < len(chain):
+                alike[chain[step]].append(k)
+        for (name, level), rows in alike.items():
+            batch[rows] = _apply_op(batch[rows], name, level, InterpolationMode.BILINEAR, None)
+    return batch
 
 
 def autoaugment(image: Image.Image, rng: np.random.Generator, severity: int) -> np.ndarray:
@@ -71,5 +134,4 @@ def autoaugment(image: Image.Image, rng: np.random.Generator, severity: int) -> 
     return m * np.asarray(image, np.float32) + (1 - m) * auto
 
 
-AUGMIX = {"tpt": tpt_augmix, "torchvision": torchvision_augmix}
-REAL_VALUED = (tpt_augmix, autoaugment)  # the others give whole grey levels
+AUGMIX = ("tpt", "torchvision")  # whose operations
