@@ -6,6 +6,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
+from matplotlib.transforms import Bbox
 
 from tpt_nb.figures import parts
 from tpt_nb.figures.parts import Interval, Names, Values
@@ -166,7 +168,7 @@ def price(
     for place in at.values():
         if not front or place[1] > front[-1][1]:
             front.append(place)
-    fig, axis = plt.subplots(figsize=(WIDTH, 3.6))
+    fig, axis = plt.subplots(figsize=(WIDTH, 4.2))
     style = {"color": GREY, "linestyle": "-", "linewidth": 1, "drawstyle": "steps-post"}
     axis.plot(*zip(*front, strict=True), zorder=0, **style)
     for i, (group, names) in enumerate(groups.items()):
@@ -189,17 +191,28 @@ def price(
 
 
 def _name_points(axis: Axes, points: dict[str, tuple[float, float]]) -> None:
-    """Each name beside its point, none over another."""
+    """Each name near its point, over no other name, no mark and no edge; a far one with a line."""
     axis.figure.draw_without_rendering()  # places are known now
-    taken: list = []
+    renderer, dot = axis.figure.canvas.get_renderer(), axis.figure.dpi / 72
+    marks = [axis.transData.transform(at) for at in points.values()]
+    taken = [Bbox.from_bounds(x - 3 * dot, y - 3 * dot, 6 * dot, 6 * dot) for x, y in marks]
+    page = axis.get_window_extent(renderer).padded(2)
+    halo = withStroke(linewidth=2.5, foreground="white")
+    away = [(7, y) for y in (-3, 4, -10, 11, -17, 18)]
+    away += [(-x, y) for x, y in away]
+    away += [(x, y) for far in (26, 36, 48, 60) for x in (7, -7, 18, -18) for y in (far, -far)]
     for name, at in points.items():
-        text = parts.note(axis, name, at, (6, 0), fontsize=7.5)
-        for dx, dy in ((6, 3), (6, -9), (6, 12), (6, -18), (6, 21), (-6, 3), (-6, -9), (6, 30)):
+        text = parts.note(axis, name, at, away[0], fontsize=7.5, path_effects=[halo])
+        for dx, dy in away:
             text.set_position((dx, dy))
             text.set_ha("left" if dx > 0 else "right")
-            box = text.get_window_extent(axis.figure.canvas.get_renderer())
-            if not any(box.overlaps(other) for other in taken):
+            box = text.get_window_extent(renderer)
+            inside = page.containsx(box.x0) and page.containsx(box.x1) and page.containsy(box.y1)
+            if inside and page.containsy(box.y0) and not any(box.overlaps(o) for o in taken):
                 break
+        if abs(dy) > 10:
+            line = {"arrowstyle": "-", "color": GREY, "linewidth": 0.6, "shrinkB": 3}
+            axis.annotate("", at, (dx, dy + 3), textcoords="offset points", arrowprops=line)
         taken.append(box)
 
 

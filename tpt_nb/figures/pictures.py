@@ -259,16 +259,21 @@ def _write(image, i: int, j: int, text: str, **style) -> None:
 
 
 def wins(
-    names: Names, gains: Sequence[Sequence[Interval | None]], label: str, title: str = ""
+    names: Names,
+    gains: Sequence[Sequence[Interval | None]],
+    label: str,
+    title: str = "",
+    columns: Names | None = None,
 ) -> Figure:
     """Row against column: the gain in each cell, bold and coloured where its interval excludes 0.
 
     Args:
         gains: per row and column the gain of the row over the column; None: empty.
         label: what the numbers are.
+        columns: default: those of the rows, each against each.
     """
-    n = len(names)
-    fig, axis = plt.subplots(figsize=(WIDTH, 0.9 + 0.33 * n))
+    n, columns = len(names), columns or names
+    fig, axis = plt.subplots(figsize=(WIDTH, 0.9 + (0.33 if columns is names else 0.26) * n))
     values = np.array([[np.nan if g is None else g[0] for g in row] for row in gains], float)
     clear = np.array([[g is not None and (g[1] > 0 or g[2] < 0) for g in row] for row in gains])
     limit = np.nanmax(np.abs(values)) or 1
@@ -279,7 +284,7 @@ def wins(
             weight = "bold" if clear[i, j] else "normal"
             _write(image, i, j, f"{value:+.1f}", fontsize=7, weight=weight)
     axis.set_yticks(range(n), names)
-    axis.set_xticks(range(n), names, rotation=35, ha="left", rotation_mode="anchor")
+    axis.set_xticks(range(len(columns)), columns, rotation=35, ha="left", rotation_mode="anchor")
     axis.xaxis.tick_top()
     axis.tick_params(length=0)
     axis.spines[:].set_visible(False)

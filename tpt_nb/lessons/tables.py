@@ -10,6 +10,7 @@ import pandas as pd
 
 from tpt_nb import metrics
 from tpt_nb.core.paths import REPO
+from tpt_nb.lessons.findings import records_of
 
 
 def share(right) -> tuple[float, float, float]:
@@ -33,15 +34,15 @@ def versus(results: Mapping, baseline: str) -> pd.DataFrame:
     """Each run, and what it gains over the one called ``baseline`` on the same images.
 
     Args:
-        results: name -> run (see ``runs.run``).
+        results: name -> run (see ``runs.run``), or its records.
         baseline: the name that the others are compared with; its own comparison stays empty.
     Returns:
         One row per name: accuracy and its interval, gain and its paired interval, how many images
         get better and worse, and the p-value of McNemar's exact test.
     """
     rows = {}
-    for name, run in results.items():
-        c = metrics.compare(results[baseline].records, run.records, resamples=1)
+    for name in results:
+        c = _paired(results, baseline, name)
         rows[name] = {
             "accuracy (%)": f"{100 * c['accuracy_b']:.1f}",
             "95 %": span(*(100 * x for x in c["accuracy_b_ci95"])),
@@ -53,6 +54,30 @@ def versus(results: Mapping, baseline: str) -> pd.DataFrame:
     table = pd.DataFrame(rows).T.rename_axis("row")
     table.loc[baseline, f"against {baseline}" : "p"] = ""  # it would be compared with itself
     return table
+
+
+def gains(results: Mapping, baseline: str) -> dict[str, tuple[float, float, float]]:
+    """Name -> (gain, low, high) in points over ``baseline``, as ``figures.intervals`` takes it."""
+    found = {name: _paired(results, baseline, name) for name in results if name != baseline}
+    return {m: tuple(100 * x for x in (c["gain"], *c["gain_ci95"])) for m, c in found.items()}
+
+
+def holm(results: Mapping, baseline: str) -> dict[str, float]:
+    """Name -> p-value against ``baseline``, corrected for having asked for all of them.
+
+    McNemar's exact p-values; the smallest of m counts m times, the next m - 1 times, and none less
+    than one before it (Holm, "A Simple Sequentially Rejective Multiple Test Procedure", 1979).
+    """
+    p = {m: _paired(results, baseline, m)["p_value"] for m in results if m != baseline}
+    out: dict[str, float] = {}
+    for rank, name in enumerate(sorted(p, key=lambda m: p[m])):
+        out[name] = min(1.0, max([p[name] * (len(p) - rank), *out.values()]))
+    return {name: out[name] for name in p}
+
+
+def _paired(results: Mapping, baseline: str, name: str) -> dict:
+    both = (getattr(results[key], "records", results[key]) for key in (baseline, name))
+    return metrics.compare(*both, resamples=1)
 
 
 def stored_study(clip=None, dataset: str = "") -> pd.DataFrame | None:
