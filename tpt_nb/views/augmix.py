@@ -66,12 +66,14 @@ def torchvision_augmix(
     pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
     batch = pixels.permute(0, 3, 1, 2).contiguous()
     drawn = [_draw(seed, severity, tuple(batch.shape[2:])) for seed in seeds]
-    of_image = torch.stack([weights[0] for weights, _ in drawn]).view(-1, 1, 1, 1)
-    mix = of_image * batch
-    for i in range(3):
-        chains = [chains[i] for _, chains in drawn]
-        weight = torch.stack([weights[1 + i] for weights, _ in drawn]).view(-1, 1, 1, 1)
-        mix.add_(weight * _in_chains(batch, chains))
+    weights = torch.stack([of_image for of_image, _ in drawn]).T[
+        ..., None, None, None
+    ]  # [4,n,1,1,1]
+    chains = [chains[i] for i in range(3) for _, chains in drawn]
+    mixed_in = _in_chains(batch.repeat(3, 1, 1, 1), chains).unflatten(0, (3, -1))
+    mix = weights[0] * batch
+    for weight, chain in zip(weights[1:], mixed_in, strict=True):
+        mix.add_(weight * chain)
     return mix.to(torch.uint8).permute(0, 2, 3, 1).numpy()
 
 
@@ -107,11 +109,10 @@ def _draw(seed: int, severity: int, size: tuple[int, int]) -> tuple[torch.Tensor
 
 
 def _in_chains(batch: torch.Tensor, chains: Sequence[list]) -> torch.Tensor:
-    """Images uint8 [n,3,S,S], each after the operations of its chain."""
+    """Images uint8 [n,3,S,S], each after the operations of its chain; changes ``batch``."""
     from torchvision.transforms import InterpolationMode
     from torchvision.transforms.autoaugment import _apply_op
 
-    batch = batch.clone()
     for step in range(max(map(len, chains))):
         alike = defaultdict(list)  # (operation, magnitude) -> images
         for k, chain in enumerate(chains):
