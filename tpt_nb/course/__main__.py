@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tpt_nb.core.paths import REPO, cache_dir
-from tpt_nb.course import sandbox
+from tpt_nb.course import rubrics, sandbox
 from tpt_nb.course.execution import Options
 from tpt_nb.course.feedback import totals, write_grades
-from tpt_nb.course.grading import exposed, grade
+from tpt_nb.course.grading import WAITS, exposed, grade
 from tpt_nb.course.masters import Master, Mistake, load_masters, release
 
 
@@ -18,8 +18,10 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tpt_nb.course", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("release", help="write the student and the solution versions")
-    one.add_argument("--out", type=Path, required=True, metavar="DIR")
-    one.add_argument("--check", action="store_true", help="compare with DIR instead of writing")
+    one.add_argument(
+        "--out", type=Path, metavar="DIR", help="default: the student version alone, in student/"
+    )
+    one.add_argument("--check", action="store_true", help="compare instead of writing")
     two = commands.add_parser("grade", help="grade a folder of submissions")
     two.add_argument("submissions", type=Path, help="STUDENT.ipynb or STUDENT/NAME.ipynb in it")
     two.add_argument("--out", type=Path, default=Path("grades.csv"), metavar="CSV")
@@ -42,9 +44,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         masters = load_masters(args.notebooks)
         if args.command == "release":
-            files = release(masters, args.out, compare=args.check)
+            versions = ("student", "solution") if args.out else ("student",)
+            out = args.out or args.notebooks
+            files = release(masters, out, versions, compare=args.check)
             for name in files:
-                print(("differs: " if args.check else "") + str(args.out / name))
+                print(("differs: " if args.check else "") + str(out / name))
             return 1 if args.check and files else 0
         return _grade(args, masters)
     except (Mistake, RuntimeError, OSError) as error:
@@ -66,10 +70,17 @@ def _grade(args: argparse.Namespace, masters: dict[str, Master]) -> int:
     rows, handed_in = grade(
         args.submissions, masters, options, args.jobs, None if args.again else cache
     )
+    rows = rubrics.apply(args.out, rows, handed_in, masters)
     sums, pages = write_grades(args.out, rows, handed_in, masters)
     for total in totals(rows).to_dict("records"):
         print("{student:24} {points:7g} of {max:g}  {percent:5.1f} %".format(**total))
     print(f"{args.out}, {sums}, {pages}/")
+    waiting = sum(row.status == WAITS for row in rows)
+    if waiting:
+        print(
+            f"{waiting} answers in words wait for you (their points are not counted yet): read them"
+        )
+        print(f"in {pages}/, fill in the points in {rubrics.sheet_of(args.out)}, and grade again.")
     return 0
 
 

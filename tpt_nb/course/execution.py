@@ -53,6 +53,8 @@ def graft(master: Master, answers: dict[str, str], level: str = "statements") ->
         tpt = cell.metadata.get("tpt", {})
         if cell.cell_type != "code" or (tpt.get("hidden") and cell.id not in hidden):
             continue
+        if "q" in tpt and not master.questions[tpt["q"]].is_run:  # predictions
+            continue
         if tpt.get("hidden"):
             parts.append((cell.id, cell.source, True))
         elif "q" in tpt:
@@ -62,7 +64,7 @@ def graft(master: Master, answers: dict[str, str], level: str = "statements") ->
             parts.append((cell.id, without_checks(source, question.checks), is_given))
             if is_given and not question.tests:
                 parts.append((test_cells(question)[0], as_reports(question.checks), True))
-        else:
+        elif "check.reveal(" not in cell.source:
             sources = pieces(cell.source) if level == "statements" else [cell.source]
             if "parameters" in cell.metadata.get("tags", []):
                 sources.append(OUT_DIR)
@@ -137,7 +139,8 @@ def run_reference(master: Master, seed: int, options: Options) -> Reference:
     Raises:
         Mistake: a solution fails or hands over nothing; says which.
     """
-    solutions = {q: question.solution for q, question in master.questions.items()}
+    run = {q: question for q, question in master.questions.items() if question.is_run}
+    solutions = {q: question.solution for q, question in run.items()}
     for level in ("statements", "cells", "all"):
         runs, ended = execute(graft(master, solutions, level), seed, options)
         failed = [run for run in runs if run["outcome"] != "passed"]
@@ -147,7 +150,7 @@ def run_reference(master: Master, seed: int, options: Options) -> Reference:
         why = ended or "; ".join(f"cell {run['cell']}: {run['detail']}" for run in failed[:3])
         raise Mistake(f"{master.name}: the reference solutions do not run: {why}")
     values = {run["cell"]: run["values"] for run in runs}
-    for question in master.questions.values():
+    for question in run.values():
         for cell in test_cells(question):
             where = f"{master.name}, {question.id}, cell {cell}"
             if not values.get(cell):

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from tpt_nb.course.grading import Row
+from tpt_nb.course.grading import WAITS, Row
 from tpt_nb.course.masters import Master
-from tpt_nb.course.submissions import Submission, find_answer
+from tpt_nb.course.submissions import Submission, find_answer, find_text
 
 HandedIn = dict[tuple[str, str], Submission]
 PAGE = """<!doctype html>
@@ -22,7 +22,7 @@ PAGE = """<!doctype html>
 body {{ font: 16px/1.5 system-ui, sans-serif; margin: 2em auto; max-width: 50em; padding: 0 1em }}
 section {{ border-left: 4px solid #d55e00; margin: 1em 0; padding: 0 1em }}
 section.passed {{ border-color: #0072b2 }}
-pre {{ overflow-x: auto; padding: .5em; border: 1px solid #8888 }}
+pre {{ overflow-x: auto; white-space: pre-wrap; padding: .5em; border: 1px solid #8888 }}
 small {{ font-weight: normal }}
 </style>
 <h1>{student}: {points:g} of {max:g} points</h1>
@@ -35,8 +35,13 @@ SECTION = """<section class="{status}">
 
 
 def totals(rows: Sequence[Row]) -> pd.DataFrame:
-    """Points of each student over all notebooks: student, points, max, percent."""
-    table = pd.DataFrame([asdict(row) for row in rows])
+    """Points of each student over all notebooks: student, points, max, percent.
+
+    Answers that wait for a person do not count yet.
+    """
+    table = pd.DataFrame(
+        [asdict(row) | ({"max": 0} if row.status == WAITS else {}) for row in rows]
+    )
     sums = table.astype({"points": float, "max": float}).groupby("student")[["points", "max"]].sum()
     sums["percent"] = (100 * sums["points"] / sums["max"]).fillna(0).round(1)
     return sums.round(2).reset_index()
@@ -48,12 +53,22 @@ def page(student: str, rows: Sequence[Row], handed_in: HandedIn, masters: dict[s
     for row in rows:
         submission, code = handed_in.get((student, row.notebook)), ""
         if row.notebook in masters and submission and not submission.problem:
-            source = find_answer(masters[row.notebook], row.question, submission.cells).source
+            source = _answer(masters[row.notebook], row.question, submission)
             code = f"<pre>{html.escape(source[:20_000])}</pre>" if source else ""
         name, reason = html.escape(row.question or row.notebook), html.escape(row.reason)
         parts.append(SECTION.format_map(asdict(row) | dict(name=name, reason=reason, code=code)))
     total = totals(rows).iloc[0].to_dict() | {"student": html.escape(student)}
     return PAGE.format_map(total | {"body": "\n".join(parts)})
+
+
+def _answer(master: Master, q: str, submission: Submission) -> str:
+    """What was graded; below an answer in words what there are points for."""
+    question = master.questions[q]
+    if not question.rubric:
+        return find_answer(master, q, submission.cells).source
+    text = find_text(question, submission.texts).source
+    items = [f"({points:g}) {item}" for points, item in question.rubric]
+    return "\n".join([text, "", "Points are for:", *items]) if text else ""
 
 
 def write_grades(

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from tpt_nb.core.files import write_whole
 from tpt_nb.core.paths import DATA
-from tpt_nb.course import sandbox
+from tpt_nb.course import kinds, sandbox
+from tpt_nb.course.cells import parse
 from tpt_nb.course.execution import (
     FATAL,
     PACKAGE,
@@ -25,8 +26,17 @@ from tpt_nb.course.execution import (
     test_cells,
 )
 from tpt_nb.course.masters import Master, Question
-from tpt_nb.course.submissions import Submission, find_answer, find_submissions, harmless
+from tpt_nb.course.submissions import (
+    Submission,
+    find_answer,
+    find_submissions,
+    find_text,
+    harmless,
+    is_late,
+)
 from tpt_nb.course.values import MISSING, differs
+
+WAITS = "waits"  # the status of an answer that a person has to grade
 
 
 @dataclass
@@ -38,7 +48,7 @@ class Row:
     question: str
     points: float
     max: float
-    status: str  # passed, partial, failed, error, blank, missing, duplicate, unreadable, FATAL ...
+    status: str  # passed, partial, failed, error, blank, missing, duplicate, late, WAITS, FATAL ...
     reason: str
 
 
@@ -96,6 +106,9 @@ def grade_one(
         if submission.problem:
             settle(q, "unreadable", submission.problem)
             continue
+        if not master.questions[q].is_run:
+            rows[q] = read(master, q, submission)
+            continue
         answer = find_answer(master, q, submission.cells)
         if answer.status:
             settle(q, answer.status, answer.reason)
@@ -122,6 +135,26 @@ def grade_one(
             settle(guilty, str(last["outcome"]), str(last["detail"]))
         del active[guilty]
     return [_named(rows[q], submission, master) for q in master.questions]
+
+
+def read(master: Master, q: str, submission: Submission) -> Row:
+    """Grade what is read and not run: a prediction; or a text, which waits for a person."""
+    question = master.questions[q]
+    if question.rubric:
+        answer = find_text(question, submission.texts)
+        status, reason = answer.status or WAITS, answer.reason or "for a person, with the rubric"
+    else:
+        answer = find_answer(master, q, submission.cells)
+        status, reason = answer.status, answer.reason
+    if not (status or question.rubric):
+        status, reason = kinds.verdict(
+            kinds.guessed(parse(answer.source)),
+            is_late(question, submission.cells),
+            kinds.options(question.source),
+            question.result,
+        )
+    points = question.points if status == "passed" else 0
+    return Row("", "", q, points, question.points, status, clean(reason))
 
 
 def _named(row: Row, submission: Submission, master: Master) -> Row:
@@ -212,7 +245,8 @@ def _not_handed_in(handed_in: dict, masters: dict[str, Master]) -> Iterator[Row]
 def _key(submission: Submission, master: Master, options: Options) -> str:
     """What a grade depends on: the answers, the master, the code and the limits."""
     code = [path.read_bytes() for path in sorted(PACKAGE.rglob("*.py"))]
-    parts = [json.dumps([submission.cells, submission.problem, asdict(options)]), master.hash]
+    given = [submission.cells, submission.texts, submission.problem, asdict(options)]
+    parts = [json.dumps(given), master.hash]
     parts += [sys.version, hashlib.sha256(b"\0".join(code)).hexdigest()]
     return hashlib.sha256("\0".join(parts).encode(errors="replace")).hexdigest()[:32]
 

@@ -4,16 +4,19 @@ import functools
 import hashlib
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import nbformat
 from nbformat import NotebookNode
 
+from tpt_nb.course import kinds
 from tpt_nb.course.cells import defined, names_of
+from tpt_nb.course.kinds import BEGIN, END
 
-BEGIN = re.compile(r"^(\s*)# BEGIN SOLUTION\s*$")
-END = re.compile(r"^\s*# END SOLUTION\s*$")
+LINK = re.compile(r"(\]\()(?![a-z]+:|#|/|\.\./|\d\d_\w+\.ipynb)([^()\s]+\))")
+WITH_SOLUTIONS = re.compile(r" · \[with solutions\]\([^)]*\)")  # beside the badge (ci/badges.py)
 
 
 class Mistake(Exception):
@@ -29,17 +32,27 @@ class Question:
     cell: str  # id of its cell
     source: str  # of its cell
     tests: tuple[str, ...]  # ids of its hidden cells
+    result: str = ""  # of the run that it predicts
+
+    @property
+    def is_run(self) -> bool:
+        """Is the answer a program, to be run (and not read)?"""
+        return kinds.kind(self.id) in ("", "B")
 
     @functools.cached_property
     def stub(self) -> str:
         """The cell as the student gets it."""
-        return replace_solution(self.source, self.id)
+        return kinds.stub(self.source, self.id)
 
     @functools.cached_property
     def solution(self) -> str:
         """The cell without the markers."""
-        lines = self.source.split("\n")
-        return "\n".join(line for line in lines if not (BEGIN.match(line) or END.match(line)))
+        return kinds.solved(self.source)
+
+    @functools.cached_property
+    def rubric(self) -> list[tuple[float, str]]:
+        """What a person gives points for: the points, and for what."""
+        return kinds.rubric(self.source) if kinds.kind(self.id) in kinds.WRITTEN else []
 
     @functools.cached_property
     def checks(self) -> str:
@@ -73,22 +86,6 @@ class Master:
         return set().union(*others, *(q.names for q in self.questions.values()))
 
 
-def replace_solution(source: str, question: str) -> str:
-    """The source of an exercise with every solution replaced by ``raise NotImplementedError``."""
-    kept, inside = [], False
-    for line in source.split("\n"):
-        begin = BEGIN.match(line)
-        if begin:
-            inside = True
-            kept.append(f"{begin[1]}# your code here")
-            kept.append(f'{begin[1]}raise NotImplementedError("exercise {question}")')
-        elif END.match(line):
-            inside = False
-        elif not inside:
-            kept.append(line)
-    return "\n".join(kept)
-
-
 def load_master(path: Path) -> Master:
     """Read a master.
 
@@ -101,32 +98,56 @@ def load_master(path: Path) -> Master:
     for i, cell in enumerate(notebook.cells, 1):
         tpt = cell.metadata.get("tpt", {})
         where = f"{path.name}, cell {i}"
-        markers = [
-            "B" if BEGIN.match(line) else "E"
-            for line in cell.source.split("\n")
-            if BEGIN.match(line) or END.match(line)
-        ]
-        if cell.cell_type != "code" or "q" not in tpt:
-            if markers:
+        if "q" not in tpt:
+            if _markers(cell):
                 raise Mistake(f"{where}: a solution, but no metadata tpt: {{q, points}}")
             continue
         if tpt.get("hidden"):
             tests.setdefault(tpt["q"], []).append(cell.id)
             continue
-        if not markers or "".join(markers) != "BE" * (len(markers) // 2):
-            raise Mistake(f"{where}: # BEGIN SOLUTION and # END SOLUTION must come in pairs")
         if tpt["q"] in cells:
             raise Mistake(f"{where}: question {tpt['q']} is there twice")
         if not isinstance(tpt.get("points"), int | float) or tpt["points"] <= 0:
             raise Mistake(f"{where}: points are {tpt.get('points')!r}, not a number above 0")
+        if problem := _problem(cell):
+            raise Mistake(f"{where}: {problem}")
         cells[tpt["q"]] = cell
     for q in tests.keys() - cells.keys():
         raise Mistake(f"{path.name}: a hidden test for {q}, which is no question here")
+    found = kinds.results(notebook.cells)
     questions = {
-        q: Question(q, cell.metadata.tpt.points, cell.id, cell.source, tuple(tests.get(q, ())))
-        for q, cell in cells.items()
+        q: Question(
+            q, c.metadata.tpt.points, c.id, c.source, tuple(tests.get(q, ())), found.get(q, "")
+        )
+        for q, c in cells.items()
     }
     return Master(path.stem, notebook, questions, hashlib.sha256(content).hexdigest()[:12])
+
+
+def _markers(cell: NotebookNode) -> str:
+    """The markers of solutions in a cell of code, in order: ``BE`` is one solution."""
+    lines = cell.source.split("\n") if cell.cell_type == "code" else []
+    marks = ["B" if BEGIN.match(x) else "E" for x in lines if BEGIN.match(x) or END.match(x)]
+    return "".join(marks)
+
+
+def _problem(cell: NotebookNode) -> str:
+    """What is wrong with the cell of an exercise, or nothing."""
+    q, letter = cell.metadata.tpt.q, kinds.kind(cell.metadata.tpt.q)
+    if letter in kinds.WRITTEN:
+        points = sum(number for number, _ in kinds.rubric(cell.source))
+        if cell.cell_type != "markdown" or points != cell.metadata.tpt.points:
+            return f"{q} is answered in a cell of text, whose rubric '- (1) ...' has all the points"
+        return ""
+    markers = _markers(cell)
+    if not markers or markers != "BE" * (len(markers) // 2):
+        return "# BEGIN SOLUTION and # END SOLUTION must come in pairs"
+    if letter == "B" and "# BUG" not in cell.source:
+        return f"{q} has no '# BUG' between # BEGIN SOLUTION and # END SOLUTION"
+    try:
+        return "" if letter != "P" or kinds.options(cell.source) else f"{q} has no options"
+    except ValueError as error:
+        return f"{q}: {error}"
 
 
 def load_masters(folder: Path) -> dict[str, Master]:
@@ -144,6 +165,7 @@ def version(master: Master, kind: str) -> NotebookNode:
     Args:
         kind: ``student`` (stubs in place of solutions, no outputs of exercises) or ``solution``
             (solutions with their outputs, no markers).
+    Links lead where they should from ``notebooks/student``.
     """
     notebook = nbformat.from_dict(json.loads(json.dumps(master.notebook)))
     notebook.metadata["tpt"] = {"notebook": master.name, "version": master.hash, "copy": kind}
@@ -153,6 +175,8 @@ def version(master: Master, kind: str) -> NotebookNode:
         tags = cell.metadata.get("tags", [])
         if tpt.get("hidden"):
             continue
+        if cell.cell_type == "markdown":
+            cell.source = LINK.sub(r"\1../\2", WITH_SOLUTIONS.sub("", cell.source))
         if kind == "student":
             if "solution" in tags:  # prose that only makes sense beside the solution
                 continue
@@ -168,8 +192,13 @@ def version(master: Master, kind: str) -> NotebookNode:
     return notebook
 
 
-def release(masters: dict[str, Master], out: Path, compare: bool = False) -> list[str]:
-    """Write both versions of each master to ``out/student`` and ``out/solution``.
+def release(
+    masters: dict[str, Master],
+    out: Path,
+    versions: Sequence[str] = ("student", "solution"),
+    compare: bool = False,
+) -> list[str]:
+    """Write versions of each master to ``out/student`` and ``out/solution``.
 
     Args:
         compare: write nothing; say what differs from what would be written.
@@ -178,15 +207,19 @@ def release(masters: dict[str, Master], out: Path, compare: bool = False) -> lis
     """
     wanted = {
         f"{kind}/{name}.ipynb": nbformat.writes(version(master, kind)) + "\n"
-        for kind in ("student", "solution")
+        for kind in versions
         for name, master in masters.items()
+    }
+    there = {
+        path.relative_to(out).as_posix()
+        for kind in versions
+        for path in (out / kind).glob("[0-9][0-9]_*.ipynb")
     }
     if not compare:
         for name, text in wanted.items():
             (out / name).parent.mkdir(parents=True, exist_ok=True)
             (out / name).write_text(text, encoding="utf-8")
         return list(wanted)
-    there = {p.relative_to(out).as_posix() for p in out.glob("*/[0-9][0-9]_*.ipynb")}
     changed = [
         name
         for name, text in wanted.items()

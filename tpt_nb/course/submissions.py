@@ -12,6 +12,7 @@ from pathlib import Path
 
 import nbformat
 
+from tpt_nb.course import kinds
 from tpt_nb.course.cells import names_of, needed, own_statements, parse, pieces, without_checks
 from tpt_nb.course.masters import Master, Mistake, Question
 
@@ -29,6 +30,7 @@ class Submission:
     path: Path
     master: str = ""  # name of the notebook that it answers
     cells: tuple[dict, ...] = field(default=(), repr=False)
+    texts: tuple[dict, ...] = field(default=(), repr=False)  # its cells of text
     problem: str = ""  # why it cannot be read
 
 
@@ -50,14 +52,17 @@ def read_submission(student: str, path: Path, masters: dict[str, Master]) -> Sub
         notebook = json.loads(content, object_hook=lambda d: d | {"outputs": []})
         if notebook.get("nbformat") != 4:
             notebook = nbformat.convert(nbformat.from_dict(notebook), 4)
-        cells = []
+        cells, texts = [], []
         for cell in notebook["cells"]:
             source = cell.get("source", "")
             source = source if isinstance(source, str) else "".join(source)
             tpt = cell.get("metadata", {}).get("tpt", {})
+            q = tpt.get("q") if isinstance(tpt.get("q"), str) else None
+            kept = {"id": str(cell.get("id", "")), "q": q, "source": source}
             if cell.get("cell_type") == "code":
-                q = tpt.get("q") if isinstance(tpt.get("q"), str) else None
-                cells.append({"id": str(cell.get("id", "")), "q": q, "source": source})
+                cells.append(kept | {"count": cell.get("execution_count")})
+            elif cell.get("cell_type") == "markdown":
+                texts.append(kept)
         meta = notebook.get("metadata", {}).get("tpt", {}).get("notebook")
     except (ValueError, RecursionError):
         return unreadable("not a notebook: it is not JSON")
@@ -68,7 +73,7 @@ def read_submission(student: str, path: Path, masters: dict[str, Master]) -> Sub
     name = meta if isinstance(meta, str) and meta in masters else _by_cells(cells, masters) or guess
     if not name:
         return unreadable(f"answers none of the notebooks {', '.join(masters)}")
-    return Submission(student, path, name, tuple(cells))
+    return Submission(student, path, name, tuple(cells), tuple(texts))
 
 
 def _by_file_name(path: Path, masters: dict[str, Master]) -> str:
@@ -225,6 +230,7 @@ def find_answer(master: Master, q: str, cells: Sequence[dict]) -> Answer:
     """
     question = master.questions[q]
     marked = [c for c in cells if c["q"] == q or (c["id"] == question.cell and c["q"] is None)]
+    marked = marked or [c for c in cells if f'check.predict("{q}"' in c["source"]]
     defining = [c for c in cells if question.names <= names_of(c["source"]).may_bind]
     groups = [[c for c in defining if c in marked], defining if question.names else [], marked]
     if not any(groups):
@@ -244,6 +250,30 @@ def find_answer(master: Master, q: str, cells: Sequence[dict]) -> Answer:
                 source="\n".join([*_helpers(master, question, cell, cells), cell["source"]])
             )
     return Answer(status="blank", reason="not answered")
+
+
+def find_text(question: Question, texts: Sequence[dict]) -> Answer:
+    """What was written in answer to a question: in its cell, or in one that names it."""
+    head = kinds.ANSWER.format(question.id)
+    named = [c for c in texts if c["source"].lstrip().startswith(head)]
+    own = [c for c in texts if c["q"] == question.id or c["id"] == question.cell]
+    if not (own or named):
+        return Answer(status="missing", reason="the cell is not there")
+    written = [
+        c["source"].replace(head, "").replace(kinds.WRITE_HERE, "").strip() for c in own or named
+    ]
+    text = "\n\n".join(filter(None, dict.fromkeys(written)))
+    return Answer(text) if text else Answer(status="blank", reason="not answered")
+
+
+def is_late(question: Question, cells: Sequence[dict]) -> bool:
+    """Was a prediction run after the cell with its result? The counts of the last runs say it."""
+    counts = {True: [], False: []}
+    for cell in cells:
+        for is_result, call in ((True, "reveal"), (False, "predict")):
+            if f'check.{call}("{question.id}"' in cell["source"] and type(cell["count"]) is int:
+                counts[is_result].append(cell["count"])
+    return bool(counts[True] and counts[False]) and max(counts[False]) > max(counts[True])
 
 
 def _is_open(code: str, q: str) -> bool:
