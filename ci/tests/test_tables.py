@@ -27,6 +27,7 @@ def test_versus_compares_the_same_images():
     assert (table.loc["a", "against a":"p"] == "").all()
     up, down = int((right[1] & ~right[0]).sum()), int((right[0] & ~right[1]).sum())
     assert table.loc["b", "better / worse"] == f"{up} / {down}"
+    assert table.equals(tables.versus(dict(zip("ab", right, strict=True)), "a"))
     assert tables.accuracy(runs["b"]) == pytest.approx(tables.share(right[1]))
     assert tables.share(right[1])[1:] == pytest.approx(
         [100 * x for x in metrics.wilson(int(right[1].sum()), 50)]

@@ -34,13 +34,13 @@ def compare(base, other, base_name: str, name: str) -> str:
         ValueError: they share no image, or an image has different targets.
     Publishes the gain as ``"<name> over <base_name>"`` and both accuracies in %.
     """
-    result = metrics.compare(_records(base), _records(other), resamples=1)
+    result = metrics.compare(records_of(base), records_of(other), resamples=1)
     return _paired(result, base_name, name)
 
 
 def adapted(run, name: str, base_name: str = "zero-shot") -> str:
     """What adaptation gains or loses within one run: "after" against "before" (see ``metrics``)."""
-    numbers = metrics.summarize(_records(run))
+    numbers = metrics.summarize(records_of(run))
     numbers |= {"accuracy_a": numbers["accuracy_before"], "accuracy_b": numbers["accuracy_after"]}
     return _paired(numbers, base_name, name)
 
@@ -185,7 +185,7 @@ def value(name: str, number: float) -> float:
     return number
 
 
-def _records(run):
+def records_of(run):
     """The records of a run; of right or wrong [N] the least that ``metrics`` needs."""
     if isinstance(run, np.ndarray):
         ids = enumerate(run.astype(bool).tolist())

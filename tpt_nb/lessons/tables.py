@@ -34,7 +34,7 @@ def versus(results: Mapping, baseline: str) -> pd.DataFrame:
     """Each run, and what it gains over the one called ``baseline`` on the same images.
 
     Args:
-        results: name -> run (see ``runs.run``), or its records.
+        results: name -> run (see ``runs.run``), its records, or right or wrong, bool [N].
         baseline: the name that the others are compared with; its own comparison stays empty.
     Returns:
         One row per name: accuracy and its interval, gain and its paired interval, how many images
@@ -76,7 +76,7 @@ def holm(results: Mapping, baseline: str) -> dict[str, float]:
 
 
 def _paired(results: Mapping, baseline: str, name: str) -> dict:
-    both = (getattr(results[key], "records", results[key]) for key in (baseline, name))
+    both = (records_of(results[key]) for key in (baseline, name))
     return metrics.compare(*both, resamples=1)
 
 
