@@ -20,7 +20,7 @@ from torchvision.transforms.functional import normalize
 
 from tpt_nb import __main__ as cli
 from tpt_nb import datasets, models, runs
-from tpt_nb.core import messages
+from tpt_nb.core import machine, messages
 from tpt_nb.datasets import imagenet_classes
 from tpt_nb.losses import marginal_entropy, select_confident
 from tpt_nb.models import Prompts, load_coop
@@ -259,7 +259,7 @@ def test_full_says_in_one_message_what_is_missing_and_from_where(tmp_path, monke
     assert "the weights of CLIP RN50" in text and "TPT_NB_DOWNLOAD=0" in text
     assert "the images of imagenet-a" in text and "people.eecs.berkeley.edu" in text
     assert "profile=mini" in text
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(machine, "gpu_problem", lambda: "")
     profile, why = runs.choose_profile(RunConfig())
     assert profile == "mini" and "weights of RN50" in why
 
@@ -273,7 +273,7 @@ def test_auto_brings_what_it_needs_where_it_may(tmp_path, monkeypatch):
         folder.mkdir(parents=True)
         Image.new("RGB", (9, 9)).save(folder / "x.png")
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(machine, "gpu_problem", lambda: "")
     monkeypatch.setenv("TPT_NB_DATASETS", str(tmp_path / "data"))
     there = []
     monkeypatch.setattr(profile_module, "weights_here", lambda model: bool(there))

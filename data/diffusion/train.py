@@ -44,6 +44,7 @@ sys.path.insert(0, str(HERE.parent.parent))
 
 from tpt_nb import models  # noqa: E402
 from tpt_nb.core.files import write_whole  # noqa: E402
+from tpt_nb.core.machine import has_gpu  # noqa: E402
 from tpt_nb.datasets import iconshift  # noqa: E402
 from tpt_nb.methods import difftpt  # noqa: E402
 
@@ -261,7 +262,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    training = Training(args, "cuda" if torch.cuda.is_available() else "cpu")
+    training = Training(args, "cuda" if has_gpu() else "cpu")
     checkpoint = args.out / "checkpoint.pt"
     start, seconds = training.resume(checkpoint)
     losses, began = [], time.perf_counter() - seconds

@@ -38,6 +38,7 @@ sys.path[:0] = [str(HERE), str(HERE.parent.parent)]
 import captions as C  # noqa: E402
 
 from tpt_nb import models  # noqa: E402
+from tpt_nb.core.machine import has_gpu  # noqa: E402
 from tpt_nb.datasets import iconshift  # noqa: E402
 
 BANK_SIDE = 128  # scenes are painted at this size and cropped to the model's 64 px
@@ -282,7 +283,7 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=BANK_SCENES, help="scenes in memory")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = "cuda" if has_gpu() else "cpu"
 
     names = iconshift.classnames()
     ids, lookup = token_rows(names)

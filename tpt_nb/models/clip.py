@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tpt_nb.core.machine import has_gpu
+
 OPENAI_MODELS = (
     "RN50", "RN101", "RN50x4", "RN50x16", "RN50x64",
     "ViT-B/32", "ViT-B/16", "ViT-L/14", "ViT-L/14@336px",
@@ -257,7 +259,7 @@ def wrap(
         seen_tokens: ids of the tokens that training saw; a prompt with another one raises a
             warning.
     """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = torch.device(device or ("cuda" if has_gpu() else "cpu"))
     model = model.eval().requires_grad_(False)
     prints = {"fingerprint": weights_fingerprint(model)}
     prints["image_fingerprint"] = weights_fingerprint(model.visual)

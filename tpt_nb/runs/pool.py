@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from tpt_nb.core.machine import has_gpu
 from tpt_nb.core.paths import REPO
 from tpt_nb.runs.config import RunConfig, augmenter_of
 from tpt_nb.runs.engine import Session, run
@@ -36,9 +37,7 @@ def start_server() -> None:
 
 def default_jobs() -> int:
     """A run per core; one at a time on a GPU, which a single run keeps busy."""
-    import torch
-
-    return 1 if torch.cuda.is_available() else os.cpu_count() or 1
+    return 1 if has_gpu() else os.cpu_count() or 1
 
 
 def run_many(
