@@ -58,7 +58,8 @@ def encode(
 ) -> Features:
     """Features of all views of all images of a data set, from the cache where they are there.
 
-    An image that cannot be decoded is recorded in ``failed``, and tried again next time.
+    They stay there: :class:`Features` reads what it is asked for. Without a cache they are kept in
+    memory. An image that cannot be decoded is recorded in ``failed``, and tried again next time.
 
     Args:
         dataset: map-style, of (PIL image, target), with ``name``, ``fingerprint`` (of all images),
@@ -81,7 +82,7 @@ def encode(
         folder = open_folder(Path(cache or cache_dir()), cache_key(dataset, clip, augmenter, seed))
     store, known = Store(ids), set()
     for record in read_shards(folder, store.position, known):
-        store.put(**record)
+        store.found(**record)
     done = sum(store.there)
     name = f"encode {dataset.name}"
     with progress_bar(len(ids), done, name, progress and done < len(ids), "image") as bar:
@@ -98,7 +99,8 @@ def encode(
     targets = getattr(dataset, "targets", None)
     targets = store.targets if targets is None else torch.as_tensor(targets)
     return Features(
-        features=store.features[good] if failed else store.features,
+        store=store,
+        rows=good,
         targets=targets[good].long(),
         ids=[ids[i] for i in good],
         failed=failed,
@@ -154,7 +156,7 @@ def _todo(
             claims.take(ids, wait=True)
         for record in read_shards(folder, store.position, known):  # another's, meanwhile
             bar.update(not store.there[record["i"]])
-            store.put(**record)
+            store.found(**record)
         yield from (i for i in chunk if not store.there[i])
 
 

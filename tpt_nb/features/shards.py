@@ -7,15 +7,19 @@ round. ``manifest.json`` spells the key out. Each shard is a safetensors file th
 ids and a checksum; a file with a shard's name is complete. There is no index to fall out of step:
 killed at any moment, the next run finds the finished shards and encodes the rest. Two processes on
 the same images share the work, shard by shard (:class:`Claims`).
+
+Features stay on the disk: 50,000 images of 64 views and 1024 numbers are 13 GB. A :class:`Store`
+knows in which shard the row of an image is, and :meth:`Features.batches` reads group after group.
 """
 
 import errno
+import functools
 import hashlib
 import json
 import time
 import warnings
 import zlib
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +30,7 @@ from torch import Tensor
 
 from tpt_nb import views
 from tpt_nb.core.files import write_whole
+from tpt_nb.core.machine import check_memory
 
 FORMAT = 1  # raise it when shards change: older caches are then not used
 TENSORS = ("features", "targets", "seconds")  # of a shard
@@ -36,14 +41,14 @@ STALE_SECONDS = 3600
 class Features:
     """Features of the decodable images of a data set, in the data set's order.
 
-    ``features`` [N,V,D] float32 unit norm (view 0 the un-augmented image), ``targets`` [N] long,
-    ``ids`` the N image ids; ``failed`` has a dict (id, path, error) per image that could not be
-    decoded. ``seconds`` is what encoding these N images took, whenever it was done, so that
-    seconds / N does not depend on the state of the cache; ``encoded`` counts the images encoded by
-    this call.
+    ``targets`` [N] long, ``ids`` the N image ids; ``failed`` has a dict (id, path, error) per image
+    that could not be decoded. ``seconds`` is what encoding these N images took, whenever it was
+    done, so that seconds / N does not depend on the state of the cache; ``encoded`` counts the
+    images encoded by this call. ``store`` finds the rows, ``rows`` are their numbers there.
     """
 
-    features: Tensor
+    store: "Store"
+    rows: list[int]
     targets: Tensor
     ids: list[str]
     failed: list[dict]
@@ -53,11 +58,28 @@ class Features:
     def __len__(self) -> int:
         return len(self.ids)
 
+    @functools.cached_property
+    def features(self) -> Tensor:
+        """All of them at once: [N,V,D] float32 unit norm, view 0 the un-augmented image.
+
+        Raises ``ValueError`` if that is more than there is memory for.
+        """
+        size = 4 * len(self) * self.store.shape[0] * self.store.shape[1]
+        check_memory(size, f"the features of all {len(self):,} images at once")
+        return self.at(range(len(self)))
+
+    def at(self, positions: Sequence[int]) -> Tensor:
+        """Features [B,V,D] of the images at these positions. ``OSError``: a shard is gone."""
+        return self.store.read([self.rows[i] for i in positions])
+
     def batches(self, size: int) -> Iterator[tuple[list[str], Tensor, Tensor]]:
-        """Yield (ids, features [B,V,D], targets [B]) for consecutive groups of `size` images."""
+        """Yield (ids, features [B,V,D], targets [B]) for consecutive groups of `size` images.
+
+        Read when they are asked for: no more than a group is in memory.
+        """
         for i in range(0, len(self), size):
-            part = slice(i, i + size)
-            yield self.ids[part], self.features[part], self.targets[part]
+            part = range(i, min(i + size, len(self)))
+            yield self.ids[i : part.stop], self.at(part), self.targets[i : part.stop]
 
 
 def device_of(clip) -> torch.device:
@@ -71,21 +93,60 @@ def planned(clip, augmenter) -> bool:
 
 
 class Store:
-    """Features, targets and seconds of the images, row i for image i, filled in any order."""
+    """Where the features of the images are, their targets and seconds, filled in any order.
+
+    The row of an image is in memory until it is in a shard (:meth:`move`), or for good where
+    nothing is cached.
+    """
 
     def __init__(self, ids: list[str]):
         self.ids, self.position = ids, {image_id: i for i, image_id in enumerate(ids)}
         self.there = [False] * len(ids)
-        self.features = torch.empty(0)
+        self.shape = torch.Size()  # of a row: [V,D]
+        self.places: list[Tensor | tuple[Path, int] | None] = [None] * len(ids)
         self.targets = torch.full((len(ids),), -1)
         self.seconds = torch.zeros(len(ids), dtype=torch.float64)
 
     def put(self, i: int, features: Tensor, target: int, seconds: float) -> None:
         """Features ``[V,D]``, class and seconds of image i."""
-        if not self.features.numel():
-            self.features = torch.empty(len(self.ids), *features.shape)
-        self.features[i], self.targets[i], self.seconds[i] = features, target, seconds
+        self._note(i, features.clone(), features.shape, target, seconds)
+
+    def found(self, i: int, place: tuple[Path, int], shape: torch.Size, target: int,
+              seconds: float) -> None:  # fmt: skip
+        """Image i is row ``place[1]`` of the shard ``place[0]``; see :func:`read_shards`."""
+        self._note(i, place, shape, target, seconds)
+
+    def _note(self, i: int, place, shape: torch.Size, target: int, seconds: float) -> None:
+        self.shape = self.shape or shape
+        if shape != self.shape:
+            raise ValueError(f"{self.ids[i]}: features {list(shape)}, others {list(self.shape)}")
+        self.places[i], self.targets[i], self.seconds[i] = place, target, seconds
         self.there[i] = True
+
+    def move(self, chosen: Sequence[int], path: Path) -> None:
+        """These images are now the rows of a shard, in this order: memory lets go of them."""
+        for row, i in enumerate(chosen):
+            self.places[i] = path, row
+
+    def read(self, rows: Sequence[int]) -> Tensor:
+        """Features ``[B,V,D]`` of these images; each shard among them is opened once."""
+        out = torch.empty(len(rows), *self.shape)
+        shards: dict[Path, list[tuple[int, int]]] = {}
+        for k, i in enumerate(rows):
+            place = self.places[i]
+            if isinstance(place, Tensor):
+                out[k] = place
+            else:
+                shards.setdefault(place[0], []).append((k, place[1]))
+        for path, pairs in shards.items():
+            to, of = (torch.tensor(part) for part in zip(*pairs, strict=True))
+            try:
+                with safetensors.safe_open(path, framework="pt") as file:
+                    out[to] = file.get_tensor("features")[of]
+            except FileNotFoundError as error:
+                text = "features have gone from the cache; start again, and they are made anew"
+                raise OSError(errno.ENOENT, text, str(path)) from error
+        return out
 
 
 def cache_key(dataset, clip, augmenter, seed: int) -> dict:
@@ -145,11 +206,13 @@ def write_shard(folder: Path | None, store: Store, chosen: list[int]) -> None:
         write_whole(folder / name, data)
     except OSError as error:
         raise explain_full_disk(error, folder) from error
+    store.move(chosen, folder / name)
 
 
 def pack_shard(store: Store, chosen: list[int]) -> tuple[str, bytes]:
     """File name and content of a shard with the images at these positions of the store."""
-    tensors = {name: getattr(store, name)[chosen] for name in TENSORS}
+    tensors = {"features": store.read(chosen)}
+    tensors |= {"targets": store.targets[chosen], "seconds": store.seconds[chosen]}
     ids = [store.ids[i] for i in chosen]
     about = {"ids": ids, "crc32": _crc32(ids, tensors)}
     # Serialised in memory and written by Python: a full disk is then an OSError with its errno.
@@ -196,10 +259,10 @@ def read_shard(path: Path, wanted: Container[str]) -> tuple[list[str], dict]:
 def read_shards(
     folder: Path | None, wanted: Mapping[str, int], known: set[str] | None = None
 ) -> Iterator[dict]:
-    """What the shards hold of the wanted images (id -> i), as :meth:`Store.put` takes it.
+    """What the shards hold of the wanted images (id -> i), as :meth:`Store.found` takes it.
 
-    A damaged shard is dropped, with a warning. Files in ``known`` are left out; it grows by those
-    that are read.
+    Each is read once, for its checksum, and nothing of its features is kept. A damaged shard is
+    dropped, with a warning. Files in ``known`` are left out; it grows by those that are read.
     """
     known = set() if known is None else known
     for path in sorted(folder.glob("*.safetensors")) if folder else ():
@@ -220,9 +283,9 @@ def read_shards(
             continue
         for k, image_id in enumerate(ids):
             if image_id in wanted:
-                row, target, seconds = (tensors[name][k] for name in TENSORS)
-                about = {"target": int(target), "seconds": float(seconds)}
-                yield {"i": wanted[image_id], "features": row, **about}
+                about = {"place": (path, k), "shape": tensors["features"].shape[1:]}
+                about |= {"target": int(tensors["targets"][k])}
+                yield {"i": wanted[image_id], "seconds": float(tensors["seconds"][k]), **about}
 
 
 class Claims:

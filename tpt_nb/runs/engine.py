@@ -4,7 +4,7 @@
 each of them (stage 2) and summarises. It fills ``<out>/<run name>/``:
 
 - ``config.json``: the configuration with every default filled in, and what it was run on;
-- ``records.jsonl``: one line per image, in the order of the data set, flushed group by group;
+- ``records.jsonl``: one line per image, in the order of the data set, group by group;
 - ``summary.json``: metrics with intervals, failed images, versions, device, seconds; written last;
 - TensorBoard events on request.
 """
@@ -20,7 +20,7 @@ from pathlib import Path
 
 from tpt_nb import datasets, features, methods, metrics, models
 from tpt_nb.core.files import only_writer, write_json
-from tpt_nb.core.machine import device_name, versions
+from tpt_nb.core.machine import check_memory, device_name, versions
 from tpt_nb.core.messages import bar, say_once
 from tpt_nb.runs.config import (
     GROUP,
@@ -35,16 +35,16 @@ from tpt_nb.runs.config import (
 from tpt_nb.runs.profile import resolve
 from tpt_nb.runs.records import (
     Run,
+    append,
     check_folder,
     finished,
     hint_at_chance,
-    line_of,
     report_failed,
     resume,
     to_records,
 )
 from tpt_nb.runs.tensorboard import write_tensorboard
-from tpt_nb.runs.threads import in_order, threads_of
+from tpt_nb.runs.threads import in_order, memory_of, threads_of
 
 
 class Session:
@@ -196,7 +196,12 @@ def _prepare(opened: _Opened, session: Session) -> tuple[methods.Setting, method
         seed=config.seed,
         device=config.device,
     )
-    return setting, methods.get(config.method).ready(options_of(config), setting)
+    method, n = methods.get(config.method), len(dataset)
+    if method.kind != "episodic":
+        views, classes = setting.augmenter.n_views, len(dataset.classnames)
+        size = memory_of(method, n, views, clip.embed_dim, classes)
+        check_memory(size, f"{config.method} takes all {n:,} images in one call, which")
+    return setting, method.ready(options_of(config), setting)
 
 
 def _compute(
@@ -260,27 +265,23 @@ def _adapt(
 
     ``seconds["method"]`` grows by what the method itself takes, of ``threads`` groups at a time.
     """
-    groups, start = [], 0
-    for ids, views, targets in encoded.batches(size):
-        # the whole group is adapted even where some of it is there: same operations, same bits
-        skip = max(0, done - start)
-        start += len(ids)
-        if skip < len(ids):
-            groups.append((ids, views, targets, skip))
+    n = len(encoded)
+    # the whole group is adapted even where some of it is there: same operations, same bits
+    starts = [start for start in range(0, n, size) if min(n, start + size) > done]
 
-    def work(group: tuple) -> tuple[float, list[dict]]:
-        ids, views, targets, skip = group
+    def work(start: int) -> tuple[float, list[dict]]:
+        part = range(start, min(n, start + size))
+        views, ids = encoded.at(part), encoded.ids[start : part.stop]
         began = time.perf_counter()
         adapted = adapt(views, ids)
         took = time.perf_counter() - began
-        return took, to_records(ids, targets, adapted)[skip:]
+        records = to_records(ids, encoded.targets[start : part.stop], adapted)
+        return took, records[max(0, done - start) :]
 
-    with open(path, "ab") as file:
-        for at_once, (took, fresh) in in_order(work, groups, threads):
-            seconds["method"] += took / at_once
-            file.write(b"".join(line_of(record) for record in fresh))
-            file.flush()
-            yield fresh
+    for at_once, (took, fresh) in in_order(work, starts, threads):
+        seconds["method"] += took / at_once
+        append(path, fresh)
+        yield fresh
 
 
 def _summary(

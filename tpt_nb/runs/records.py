@@ -1,4 +1,4 @@
-"""Records of a run: one line per image, flushed group by group, read back, resumed.
+"""Records of a run: one line per image, written group by group, read back, resumed.
 
 A run that was killed goes on where it stopped, and leaves the records of an undisturbed run: images
 are adapted in fixed groups, whatever was finished before, so that every number comes from the same
@@ -12,8 +12,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from tpt_nb import metrics
+from tpt_nb import methods, metrics
 from tpt_nb.runs.config import RunConfig
+
+AT_ONCE = 1024  # images whose logits are turned into records together: that takes them in float64
 
 
 @dataclass
@@ -41,6 +43,17 @@ def to_records(ids: list[str], targets, adapted) -> list[dict]:
     Probabilities are computed in float64 from the logits; values are rounded to 6 decimals, the
     probability of the true class (whose logarithm is used) to 6 significant digits.
     """
+    records = []
+    for i in range(0, len(ids), AT_ONCE):
+        part = slice(i, i + AT_ONCE)
+        loss = None if adapted.loss is None else adapted.loss[part]
+        logits, before = adapted.logits[part], adapted.logits_before[part]
+        some = methods.Adapted(logits, before, loss, adapted.selected[part])
+        records += _to_records(ids[part], targets[part], some)
+    return records
+
+
+def _to_records(ids: list[str], targets, adapted) -> list[dict]:
     columns: dict[str, list] = {"id": list(ids), "target": [int(t) for t in targets]}
     target = targets.long().cpu()[:, None]
     for when, logits in (("before", adapted.logits_before), ("after", adapted.logits)):
@@ -63,6 +76,12 @@ def to_records(ids: list[str], targets, adapted) -> list[dict]:
 def _round(values) -> list[float | None]:
     # + 0.0 turns -0.0 into 0.0; JSON has no NaN
     return [round(x, 6) + 0.0 if math.isfinite(x) else None for x in values.tolist()]
+
+
+def append(path: Path, records: list[dict]) -> None:
+    """Add a line per record, and close the file: Google Drive uploads none that is open."""
+    with open(path, "ab") as file:
+        file.write(b"".join(line_of(record) for record in records))
 
 
 def line_of(record: dict) -> bytes:

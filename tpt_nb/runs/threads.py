@@ -12,6 +12,19 @@ import torch
 
 from tpt_nb.methods import Method
 from tpt_nb.models import Clip
+from tpt_nb.runs.config import GROUP
+
+LOGITS = 3  # [B,V,C] of an online or transductive method at once: logits, probabilities, products
+
+
+def memory_of(method: Method, images: int, views: int, width: int, classes: int) -> float:
+    """Bytes of features and logits that a call of a method takes, about.
+
+    Of a group of images; of all of them for one that learns from image to image, or needs them
+    together.
+    """
+    at_once = min(images, GROUP) if method.kind == "episodic" else images
+    return 4.0 * at_once * views * (width + LOGITS * classes)
 
 
 def threads_of(method: Method, clip: Clip) -> int:

@@ -159,7 +159,9 @@ def make_pictures(options: ViewOptions, config) -> str:
 
 
 def _further_crops(setting: Setting, n: int):
-    """In place of generated views: features of the crops after the run's, and their seconds."""
+    """In place of generated views: features, whose last ``n`` are the crops after the run's, and
+    the seconds of these.
+    """
     from tpt_nb.features import encode
 
     views, config = setting.augmenter, setting.config
@@ -171,7 +173,7 @@ def _further_crops(setting: Setting, n: int):
     more = dataclasses.replace(views, n_aug=views.n_aug + n)
     made = encode(setting.dataset, setting.clip, more, setting.seed, setting.cache, config.workers)
     share = n / more.n_views  # of the time for all of these views
-    return made.ids, made.features[:, views.n_views :], {"encode": share * made.seconds}
+    return made, {"encode": share * made.seconds}
 
 
 # --- the methods ---------------------------------------------------------------------------------
@@ -252,17 +254,17 @@ def _prepare(adapt: Callable, options: ViewOptions, setting: Setting) -> Prepare
     """The method with the generated views that a run names."""
     n = options.n_generated
     if options.generator == "crops":
-        found, made, seconds = _further_crops(setting, n)
+        made, seconds = _further_crops(setting, n)
     else:
         pictures = pictures_for(options, setting.config, setting.dataset)
-        features = generated_features(setting.dataset, setting.clip, pictures, n, setting.cache)
-        found, made = features.ids, features.features
-        spent = sum(pictures.seconds(image_id, n) for image_id in found)
-        seconds = {"encode": features.seconds, "generate": spent}
-    place = {image_id: i for i, image_id in enumerate(found)}
+        made = generated_features(setting.dataset, setting.clip, pictures, n, setting.cache)
+        spent = sum(pictures.seconds(image_id, n) for image_id in made.ids)
+        seconds = {"encode": made.seconds, "generate": spent}
+    place = {image_id: i for i, image_id in enumerate(made.ids)}
 
     def adapt_to(features: Tensor, prompts, ids) -> Adapted:
-        return adapt(features, prompts, options, made[[place[image_id] for image_id in ids]])
+        generated = made.at([place[image_id] for image_id in ids])[:, -n:]
+        return adapt(features, prompts, options, generated)
 
     return Prepared(adapt_to, seconds)
 
