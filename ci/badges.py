@@ -24,14 +24,21 @@ NOTE = " *(placeholder: the repository has no public address yet)*"
 SETUP = """\
 import importlib.util, os, sys
 
+clone = "git clone -qb {ref} --depth=1 https://github.com/{repo} tpt_nb_clone"  # if it came alone
+sys.path.extend(map(os.path.abspath, ["..", "../..", "tpt_nb_clone"]))  # the clone around it
+if not importlib.util.find_spec("tpt_nb") and (os.system(clone) or importlib.invalidate_caches()):
+    raise OSError("No network? On Kaggle, switch on Internet in the settings of the notebook.")
+"""
+OLDER = """\
+import importlib.util, os, sys
+
 sys.path.extend(map(os.path.abspath, ["..", "../..", "tpt_nb_clone"]))  # the clone around it
 if not importlib.util.find_spec("tpt_nb"):  # this notebook came alone (Colab, Kaggle)
     os.system("git clone -qb {ref} --depth=1 https://github.com/{repo} tpt_nb_clone")
     importlib.invalidate_caches()
 """
-STAMPED = re.compile(
-    r"\A" + re.escape(SETUP.format(repo="@", ref="@")).replace("@", r"[\w./-]+"), re.ASCII
-)
+FORMS = [re.escape(form.format(repo="@", ref="@")) for form in (SETUP, OLDER)]
+STAMPED = re.compile(rf"\A(?:{'|'.join(FORMS)})".replace("@", r"[\w./-]+"), re.ASCII)
 GPU = {"accelerator": "GPU", "colab": {"gpuType": "T4", "provenance": [], "toc_visible": True}}
 
 
