@@ -66,6 +66,62 @@ def test_words_as_context_give_the_features_of_the_sentence(mini64, exact, posit
     torch.testing.assert_close(prompts.text_features(exact=exact), expected, atol=1e-12, rtol=0)
 
 
+def as_the_originals(clip, names, ctx_init):
+    """PromptLearner of TPT and of the study (position "middle", split_idx), word by word."""
+    ctx_init = ctx_init.replace("_", " ")
+    split_idx = ctx_init.split(" ").index("[CLS]")
+    ctx_init = ctx_init.replace("[CLS] ", "")
+    n_ctx = len(ctx_init.split(" "))
+    model, tokenizer = clip.model, open_clip.SimpleTokenizer()
+    ctx = model.token_embedding(open_clip.tokenize(ctx_init))[0, 1 : 1 + n_ctx]
+    rows = []
+    tokenized = open_clip.tokenize([f"{ctx_init} {name}." for name in names])
+    for i, name in enumerate(names):
+        embedding = model.token_embedding(tokenized)[i]
+        prefix, suffix = embedding[:1], embedding[1 + n_ctx :]
+        name_len = len(tokenizer.encode(name))
+        parts = [prefix, ctx[:split_idx], suffix[:name_len], ctx[split_idx:], suffix[name_len:]]
+        rows.append(torch.cat(parts))
+    x = torch.stack(rows) + model.positional_embedding
+    x = model.ln_final(model.transformer(x, attn_mask=model.attn_mask))
+    x = x[torch.arange(len(x)), tokenized.argmax(dim=-1)] @ model.text_projection
+    return F.normalize(x, dim=-1)
+
+
+@pytest.mark.parametrize("exact", ["fast", "paper"])
+@pytest.mark.parametrize(
+    "ctx_init", ["a_photo_of_a_[CLS]_on_black", "[CLS] seen in a photo", "a [CLS] photo"]
+)
+def test_cls_in_ctx_init_splits_the_context_as_the_originals_do(mini64, ctx_init, exact):
+    names = [name for name in map(clean, NAMES) if name != "U.S."]
+    prompts = Prompts(mini64, names, ctx_init)
+    expected = as_the_originals(mini64, names, ctx_init)
+    torch.testing.assert_close(prompts.text_features(exact=exact), expected, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("class_specific", [False, True])
+def test_a_context_around_cls_is_differentiated_alike_on_both_ways(mini64, class_specific):
+    prompts = Prompts(mini64, NAMES, "a photo of a [CLS] now", class_specific=class_specific)
+    assert prompts.M == 5 and not prompts.has_jacobian
+    ctx = near(prompts.ctx, 2).requires_grad_(True)
+    fast, paper = prompts.text_features(ctx), prompts.text_features(ctx, exact="paper")
+    torch.testing.assert_close(fast, paper, atol=1e-12, rtol=0)
+    cotangent = torch.randn_like(fast)
+    (g_fast,) = torch.autograd.grad(fast, ctx, cotangent)
+    (g_paper,) = torch.autograd.grad(paper, ctx, cotangent)
+    assert g_fast.abs().amin() > 0  # the words behind the name count too
+    torch.testing.assert_close(g_fast, g_paper, atol=1e-11, rtol=0)
+
+
+def test_cls_at_the_end_and_start_are_other_words_for_end_and_front(mini64):
+    end = Prompts(mini64, NAMES, "a photo of a [CLS]")
+    assert end.has_jacobian
+    assert torch.equal(end.text_features(), Prompts(mini64, NAMES).text_features())
+    front = Prompts(mini64, NAMES, class_token_position="front").text_features()
+    for other in ({"class_token_position": "start"}, {"ctx_init": "[CLS] a photo of a"}):
+        assert torch.equal(Prompts(mini64, NAMES, **other).text_features(), front)
+
+
 def test_a_batch_of_contexts_equals_one_by_one(mini64):
     prompts = Prompts(mini64, NAMES)
     ctx = near(prompts.ctx, 3)
@@ -160,6 +216,13 @@ def test_initial_context(mini):
         (["cat"], {"ctx_init": None}, "n_ctx is needed"),
         (["cat"], {"ctx_init": None, "n_ctx": 0}, "at least one"),
         (["cat"], {"class_token_position": "back"}, "allowed: end, middle, front"),
+        (["cat"], {"ctx_init": "a [CLS] [CLS]"}, "may be there once"),
+        (
+            ["cat"],
+            {"ctx_init": "a [CLS]", "class_token_position": "front"},
+            "left at end or middle",
+        ),
+        (["cat"], {"ctx_init": "a [CLS] now", "n_ctx": 4}, "has 2 tokens but n_ctx is 4"),
         (["dog " * 80], {}, "tokens, the model takes 77"),
         (["cat"], {"ctx_init": None, "n_ctx": 74}, "has 78 tokens"),
     ],

@@ -23,7 +23,7 @@ from PIL import Image
 
 from tpt_nb import losses, metrics, models, runs
 from tpt_nb import methods as registry
-from tpt_nb.core import messages
+from tpt_nb.core import machine, messages
 from tpt_nb.runs import RunConfig, engine, profile, run
 from tpt_nb.runs import config as config_module
 
@@ -370,7 +370,7 @@ def test_run_names_say_what_differs(config):
         assert part in name(changed)
     same = config.replace(
         workers=2, tensorboard=True, learning_rate=5e-3, loss="defaultTPT", overlap=0,
-        augmenter="AugmenterTPT", out="elsewhere", device="auto" if not torch.cuda.is_available()
+        augmenter="AugmenterTPT", out="elsewhere", device="auto" if not machine.has_gpu()
         else "cpu",
     )  # fmt: skip
     assert name(same) == plain
@@ -391,6 +391,11 @@ def test_a_folder_of_another_run_is_refused(config):
     (done.dir / "config.json").write_text(json.dumps(header))
     with pytest.raises(ValueError, match=r"another configuration.*seed.*delete that folder"):
         one_run(config)
+
+
+def test_start_is_front(config):
+    names = [runs.run_name(config.replace(class_token_position=p)) for p in ("front", "start")]
+    assert names[0] == names[1] and "position=front" in names[0]
 
 
 def test_other_images_under_the_same_name_are_refused(config, tmp_path):
@@ -414,7 +419,7 @@ BAD = [
     ({"dataset": "iconshift-b"}, "unknown data set.*iconshift-a.*folder"),
     ({"model": "RN5O"}, "unknown model 'RN5O'.*RN50"),
     ({"device": "gpu"}, "unknown device 'gpu'.*cuda"),
-    ({"class_token_position": "start"}, "class_token_position.*end, middle, front"),
+    ({"class_token_position": "back"}, "class_token_position.*end, middle, front"),
     ({"templates": "eight"}, "unknown templates 'eight'.*seven"),
     ({"templates": "seven"}, "no context.*tpt"),
     ({"optimizer": "adam"}, "unknown optimizer.*adamw"),
@@ -478,7 +483,7 @@ def test_a_set_without_readable_images_is_an_error(config, tmp_path):
 
 
 def test_auto_is_mini_without_a_gpu_and_says_why_once(config, monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(machine, "gpu_problem", lambda: "no CUDA GPU here")
     monkeypatch.setattr(messages, "_said", set())
     assert runs.choose_profile(RunConfig()) == ("mini", "no CUDA GPU here")
     one_run(config)
@@ -495,7 +500,7 @@ def test_auto_is_full_only_where_everything_is_there(monkeypatch, gpu, weights, 
         if not data:
             raise FileNotFoundError(f"{name} is not downloaded")
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(machine, "gpu_problem", lambda: "" if gpu else "no CUDA GPU")
     monkeypatch.setattr(profile, "weights_here", lambda model: weights)
     monkeypatch.setattr(profile.datasets, "load", load)
     chosen, why = runs.choose_profile(RunConfig())

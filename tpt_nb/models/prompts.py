@@ -33,11 +33,12 @@ class Prompts:
     Args:
         clip: the model whose tokenizer and text tower are used.
         classnames: C names; underscores count as spaces.
-        ctx_init: words whose embeddings start the context, or None for N(0, 0.02²) vectors.
+        ctx_init: words whose embeddings start the context, or None for N(0, 0.02²) vectors. A word
+            ``[CLS]`` among them is where the class name stands, as in TPT: "a photo of a [CLS]".
         n_ctx: M, the number of context vectors; needed without ``ctx_init``, else checked.
         coop: path of a CoOp checkpoint whose context is used in place of ``ctx_init``.
         class_token_position: the class name behind the context ("end"), between its halves
-            ("middle") or before it ("front"), as in CoOp.
+            ("middle") or before it ("front", also called "start"), as in CoOp.
         class_specific: a context of its own for each class.
         seed: of the random start.
 
@@ -56,6 +57,7 @@ class Prompts:
         class_specific: bool = False,
         seed: int = 0,
     ) -> None:
+        class_token_position = "front" if class_token_position == "start" else class_token_position
         if class_token_position not in POSITIONS:
             allowed = ", ".join(POSITIONS)
             raise ValueError(
@@ -71,6 +73,7 @@ class Prompts:
         self.n_images: int | None = None
         self.cache: Path | None = None
 
+        self._split_at: int | None = None  # context vectors before [CLS], where ctx_init has it
         self.ctx = self._initial_context(ctx_init, n_ctx, coop, seed)
         self.M = self.ctx.shape[-2]
         # C lists: name and rest (the period), without what stands around a text
@@ -129,11 +132,19 @@ class Prompts:
 
     def _initial_context(self, ctx_init, n_ctx, coop, seed) -> Tensor:
         table = self._table
-        texts = [ctx_init.replace("_", " ").strip()] if ctx_init else []
-        words = token_lists(self.clip.tokenizer, texts, self._frame)[0] if texts else []
+        parts = [part.strip() for part in (ctx_init or "").replace("_", " ").split("[CLS]")]
+        if len(parts) > 2 or (len(parts) == 2 and self.class_token_position == "front"):
+            raise ValueError(
+                f"ctx_init is {ctx_init!r}: [CLS] says where the class name stands. It may be "
+                "there once, and class_token_position must then be left at end or middle."
+            )
+        texts = [" ".join(filter(None, parts)), parts[0]] if any(parts) else []
+        words, before = token_lists(self.clip.tokenizer, texts, self._frame) if texts else ([], [])
+        self._split_at = len(before) if len(parts) == 2 else None
         if n_ctx is not None and n_ctx < 1:
             raise ValueError(f"n_ctx is {n_ctx}; a context has at least one vector.")
-        if not coop and words and n_ctx not in (None, len(words)):
+        fixed = words and (not coop or len(parts) == 2)
+        if fixed and n_ctx not in (None, len(words)):
             raise ValueError(
                 f"ctx_init {ctx_init!r} has {len(words)} tokens but n_ctx is {n_ctx}; pass "
                 "ctx_init=None for a random start, or leave n_ctx out."
@@ -175,6 +186,8 @@ class Prompts:
 
     def _before_name(self) -> int:
         """How many context vectors stand before the class name."""
+        if self._split_at is not None:
+            return self._split_at
         return {"end": self.M, "middle": self.M // 2, "front": 0}[self.class_token_position]
 
     @property
@@ -265,7 +278,7 @@ class Prompts:
     @property
     def fixed_suffixes(self) -> bool:
         """Do all context tokens stand before the class name, and are they common to the classes?"""
-        return self.class_token_position == "end" and not self.class_specific
+        return self._before_name() == self.M and not self.class_specific
 
     def _packed(self, suffixes: list[Tensor], order: Tensor) -> Packed | None:
         """The suffixes laid out for passes without gradient; None where that does not pay."""

@@ -63,11 +63,18 @@ class RunConfig:
     method: str = option("tpt", "zero_shot (looks at the image only), confident_view, tpt ...")
     options: dict = field(default_factory=dict)
     device: str = option("auto", "cpu, cuda, cuda:1 ...; auto: cuda where there is one")
-    ctx_init: str = option("a photo of a", "words that the context starts from; '' for n_ctx")
+    ctx_init: str = option(
+        "a photo of a", "words that start the context, [CLS]: the name; '' for n_ctx"
+    )
     n_ctx: int | None = at_least(1, None, "context tokens; without ctx_init they start at random")
-    coop: str = option("", "CoOp checkpoint to start from: a file, or mini for the embedded one")
+    coop: str = option(
+        "", "CoOp checkpoint to start from: a file, mini (embedded), auto (that of the model)"
+    )
     class_token_position: str = option(
-        "end", "of the class name: end, middle or front", choices=("end", "middle", "front")
+        "end",
+        "of the class name: end, middle or front (start); [CLS] in ctx_init says it too",
+        choices=("end", "middle", "front"),
+        aliases={"start": "front"},
     )
     csc: bool = option(False, "class-specific context: a context for each class")
     templates: str = option(
