@@ -584,7 +584,7 @@ def test_labelled_boxes_draws_every_box_and_its_text():
         figures.labelled_boxes(np.zeros((20, 20, 3)), boxes, ["one"])
 
 
-def test_distributions_share_edges_and_add_up():
+def test_distributions_show_every_value_and_the_median():
     import matplotlib
 
     matplotlib.use("Agg")
@@ -593,8 +593,9 @@ def test_distributions_share_edges_and_add_up():
     panels = {"a": {"one": [0.0, 1, 1], "two": [3.0]}, "b": {"one": [5.0, 5], "two": [5.0]}}
     fig = figures.distributions(panels, ["x", "y"])
     for axis, series in zip(fig.axes, panels.values(), strict=True):
-        stairs = [p.get_data() for p in axis.patches]
-        assert len(stairs) == len(series)
-        assert all(s.values.sum() == pytest.approx(100) for s in stairs)
-        assert all(np.array_equal(s.edges, stairs[0].edges) for s in stairs)
+        for i, (dots, values) in enumerate(zip(axis.lines, series.values(), strict=True)):
+            assert dots.get_xdata().tolist() == list(values)
+            assert (np.abs(dots.get_ydata() - i) < 0.5).all()  # in the row of its name
+        told = [float(text.get_text()) for text in axis.texts]
+        assert told == [pytest.approx(np.median(v)) for v in series.values()]
     assert [axis.get_xlabel() for axis in fig.axes] == ["x", "y"]

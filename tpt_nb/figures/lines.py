@@ -237,24 +237,30 @@ def scatter(
 
 
 def distributions(panels: dict[str, dict[str, Values]], labels: Names, title: str = "") -> Figure:
-    """Distributions as outlines of histograms, one panel per quantity.
+    """Distributions as rows of dots, one panel per quantity; a bar marks the median of each row.
 
     Args:
         panels: title of the panel -> name -> values; all panels have the same names.
         labels: of the value axis of each panel.
     """
-    fig, axes = parts.panels(len(panels), 2.7)
+    rows = len(next(iter(panels.values())))
+    fig, axes = parts.panels(len(panels), 0.9 + 0.5 * rows, sharey=True)
     for axis, label, (panel, series) in zip(axes[0], labels, panels.items(), strict=True):
-        values = {name: np.asarray(v, float).ravel() for name, v in series.items()}
-        low, high = min(v.min() for v in values.values()), max(v.max() for v in values.values())
-        edges = np.linspace(low, high if high > low else low + 1, 41)
-        for i, (name, v) in enumerate(values.items()):
-            share = 100 * np.histogram(v, edges)[0] / len(v)
-            style = {"edgecolor": CYCLE[i % 6], "linestyle": LINES[i % 4], "linewidth": 1.8}
-            axis.stairs(share, edges, label=name, **style)
-        axis.set_xlabel(label)
+        for i, values in enumerate(series.values()):
+            v = np.asarray(values, float).ravel()
+            # a fixed spread up and down keeps equal values apart; it has no meaning
+            y = i + 0.28 * np.sin(2.4 * np.arange(len(v)))
+            style = {**parts.look(i), "linestyle": "", "markersize": 3, "alpha": 0.45}
+            axis.plot(v, y, **style)
+            ends = {"ymin": i - 0.4, "ymax": i + 0.4}
+            axis.vlines(np.median(v), **ends, color="black", linewidth=2.2)
+            note = {"va": "bottom", "ha": "center", "fontsize": 8}
+            parts.note(axis, f"{np.median(v):.2f}", (np.median(v), i - 0.4), (0, 1), **note)
+        axis.set_ylim(rows - 0.5, -0.65)
+        parts.name_axes(axis, label, grid="x")
         axis.set_title(panel, fontsize=9)
-    axes[0, 0].set_ylabel("share (%)")
+    parts.name_rows(axes[0, 0], list(next(iter(panels.values()))))
+    axes[0, 0].set_ylim(rows - 0.5, -0.65)
     return parts.finish(fig, title)
 
 

@@ -216,6 +216,7 @@ def matrices(
     colours: str = "cividis",
     title: str = "",
     size: float | None = None,
+    kinds: Names = (),
 ) -> Figure:
     """Matrices side by side on one colour scale; NaN is left white.
 
@@ -226,6 +227,7 @@ def matrices(
         limits: ends of the colour scale; default: those of the values.
         colours: ``cividis``, or ``PuOr`` for signed values.
         size: inches of height; default: square cells that fill the page width.
+        kinds: names of the values 0, 1, ...: a legend in the place of the colour bar.
     """
     values = [np.asarray(v, float) for v in panels.values()]
     scale = plt.Normalize(*limits or (min(map(np.nanmin, values)), max(map(np.nanmax, values))))
@@ -246,7 +248,11 @@ def matrices(
             if number and np.isfinite(v):
                 _write(image, i, j, f"{v:{number}}", fontsize=8)
     axes[0, 0].set_ylabel(row_label)
-    fig.colorbar(image, ax=axes[0].tolist(), label=label, pad=0.02, aspect=25)
+    for k, name in enumerate(kinds):
+        style = {"marker": "s", "linestyle": "", "markersize": 9, "label": name}
+        axes[0, 0].plot([], [], color=image.cmap(image.norm(k)), markeredgecolor=GREY, **style)
+    if not kinds:
+        fig.colorbar(image, ax=axes[0].tolist(), label=label, pad=0.02, aspect=25)
     return parts.finish(fig, title)
 
 
