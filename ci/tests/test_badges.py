@@ -59,8 +59,10 @@ def test_badge_setup_and_gpu(root):
     notebook = lesson(root)
     heading, badge, text = notebook.cells[0].source.split("\n\n")
     assert (heading, text) == ("# 01 · A lesson", "Text.")
-    where = "https://colab.research.google.com/github/us/tta/blob/v1.0/notebooks/01_lesson.ipynb"
-    assert badge.endswith(f"({where})") and "placeholder" not in badge
+    where = "https://colab.research.google.com/github/us/tta/blob/v1.0/notebooks"
+    student, _, master = badge.partition(" · ")
+    assert student.endswith(f"({where}/student/01_lesson.ipynb)")
+    assert master == f"[with solutions]({where}/01_lesson.ipynb)"
     assert notebook.metadata.accelerator == "GPU" and notebook.metadata.colab.gpuType == "T4"
     source = notebook.cells[1].source
     assert " https://github.com/us/tta " in source and " -qb v1.0 " in source
@@ -102,6 +104,34 @@ def test_placeholders_are_marked_and_replaced(root):
 
 
 @pytest.mark.parametrize(
+    ("remote", "repo"),
+    [
+        ("git@github.com:us/tta.git", "us/tta"),
+        ("https://github.com/us/tta.notes", "us/tta.notes"),
+        ("https://gitlab.com/us/tta.git", "OWNER/NAME"),
+        ("", "OWNER/NAME"),
+    ],
+)
+def test_the_address_is_that_of_git_remote(remote, repo, root):
+    def git(*words):
+        subprocess.run(["git", *words], cwd=root, check=True, capture_output=True)
+
+    git("init", "-b", "main")
+    if remote:
+        git("remote", "add", "origin", remote)
+    assert stamp(root) == 0
+    ref = "main" if repo.startswith("us") else "TAG"
+    assert f"/github/{repo}/blob/{ref}/" in lesson(root).cells[0].source
+    page = (root / "README.md").read_text()
+    assert f"--branch {ref} https://github.com/{repo}\n" in page
+    assert ("Placeholder" in page) == (repo == "OWNER/NAME") and page.count("Placeholder") <= 1
+    if ref == "main":  # a tag is better, and is taken where there is one
+        git("-c", "user.name=a", "-c", "user.email=a@b", "commit", "--allow-empty", "-m", "x")
+        git("tag", "v7")
+        assert stamp(root) == 0 and "/blob/v7/" in lesson(root).cells[0].source
+
+
+@pytest.mark.parametrize(
     "options",
     [["--repo", "us"], ["--repo", "us/tta"], ["--ref", "v1"], ["--repo", "a/b", "--ref="]],
 )
@@ -122,11 +152,11 @@ def test_a_notebook_without_setup_is_named_and_nothing_is_written(root, capsys):
 @pytest.mark.parametrize("path", sorted((REPO / "notebooks").glob("[0-9][0-9]_*.ipynb")))
 def test_the_notebooks_can_be_stamped(path):
     notebook = nbformat.read(path, as_version=4)
-    badges.stamp(notebook, f"notebooks/{path.name}", "us/tta", "v1.0")
+    badges.stamp(notebook, path.name, "us/tta", "v1.0")
     first = next(cell for cell in notebook.cells if cell.cell_type == "code")
     ast.parse(first.source)
     again = json.dumps(notebook)
-    badges.stamp(notebook, f"notebooks/{path.name}", "us/tta", "v1.0")
+    badges.stamp(notebook, path.name, "us/tta", "v1.0")
     assert json.dumps(notebook) == again
 
 

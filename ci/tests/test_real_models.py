@@ -261,7 +261,7 @@ def test_full_says_in_one_message_what_is_missing_and_from_where(tmp_path, monke
     assert "profile=mini" in text
     monkeypatch.setattr(machine, "gpu_problem", lambda: "")
     profile, why = runs.choose_profile(RunConfig())
-    assert profile == "mini" and "weights of RN50" in why
+    assert profile == "mini" and "weights of CLIP RN50" in why
 
 
 def test_auto_brings_what_it_needs_where_it_may(tmp_path, monkeypatch):

@@ -109,6 +109,10 @@ SOURCES: dict[str, tuple[Source, ...]] = {
     "coop-weights": (
         Source("coop-weights.zip", ("gdrive:18ypxfd82RR0pizc5MM1ZWDYDk4j0BtPF",)),
     ),
+    # the one of them that the study of patches and losses started from, as it kept it (75 MB)
+    "coop-rn50": (
+        Source("rn50_nctx4_model.pth.tar-50", ("gdrive:1shomU1N2fbbolKtIKigq0-FDyb_04rH1",)),
+    ),
 }
 # fmt: on
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tpt_nb import datasets, features, runs, views
+from tpt_nb.core.paths import cache_dir
 from tpt_nb.methods import difftpt
 
 KEPT = 0.8  # the share of the variations that DiffTPT's first filter keeps
@@ -23,8 +24,25 @@ def choose(generator: str, **asked) -> str:
     """
     if generator != "auto":
         return generator
-    profile, _ = runs.choose_profile(runs.RunConfig(**asked))
+    profile, _ = runs.choose_profile(runs.RunConfig(**asked), lacking=lacking(generator))
     return "mini" if profile == "mini" else difftpt.PAPER
+
+
+def lacking(generator: str) -> str:
+    """What "auto" lacks for full, in words: the paper's pictures, which nobody makes on a guess.
+
+    Empty if a generator is named, or if pictures by the paper's are in the cache (of other images,
+    perhaps: ``variations`` looks at each).
+    """
+    dataset, _ = runs.PROFILES["full"]
+    made = cache_dir() / "generated"
+    if generator != "auto" or any(made.glob(f"{dataset}-*/manifest.json")):
+        return ""
+    return (
+        f"{difftpt.PipelineGenerator.usual} pictures of each image by Stable Diffusion, which take "
+        f"hours on a T4 (`python -m tpt_nb generate --dataset {dataset} --reduced_size 60 "
+        f"--generator {difftpt.PAPER}` makes them, and goes on where it stopped)"
+    )
 
 
 def variations(world):

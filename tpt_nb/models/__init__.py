@@ -14,7 +14,7 @@ from tpt_nb.models.clip import (
     weights_fingerprint,
     wrap,
 )
-from tpt_nb.models.coop import load_coop, save_coop
+from tpt_nb.models.coop import BACKBONES, find_coop, load_coop, save_coop
 from tpt_nb.models.loading import (
     MINI_CONFIG,
     MINI_PATH,
@@ -32,9 +32,10 @@ from tpt_nb.models.tower import LONGEST, causal_tower, has_plain_attention, pref
 from tpt_nb.models.train import train_coop
 
 __all__ = [
-    "EOT", "LONGEST", "MINI_CONFIG", "MINI_PATH", "OPENAI_MODELS", "POSITIONS", "SOT", "Clip",
-    "Packed", "Prompts", "TemplatePrompts", "build_mini", "causal_tower", "fetch_weights",
-    "has_plain_attention", "load", "load_coop", "load_mini", "prefix_states", "project_text",
-    "run_text_tower", "save_coop", "save_mini", "template_features", "template_sentences",
-    "text_tower", "train_coop", "weights_file", "weights_fingerprint", "wrap",
+    "BACKBONES", "EOT", "LONGEST", "MINI_CONFIG", "MINI_PATH", "OPENAI_MODELS", "POSITIONS", "SOT",
+    "Clip", "Packed", "Prompts", "TemplatePrompts", "build_mini", "causal_tower", "fetch_weights",
+    "find_coop", "has_plain_attention", "load", "load_coop", "load_mini", "prefix_states",
+    "project_text", "run_text_tower", "save_coop", "save_mini", "template_features",
+    "template_sentences", "text_tower", "train_coop", "weights_file", "weights_fingerprint",
+    "wrap",
 ]  # fmt: skip

@@ -11,6 +11,8 @@ from torch import Tensor
 from tpt_nb.core.files import write_whole
 from tpt_nb.core.messages import first_line
 
+# the models for which CoOp's authors published contexts, as their zip file spells them
+BACKBONES = {"RN50": "rn50", "RN101": "rn101", "ViT-B/16": "vit_b16", "ViT-B/32": "vit_b32"}
 OWN = ("ctx", "token_prefix", "token_suffix")  # of CoOp's prompt learner; others train more
 
 
@@ -84,6 +86,22 @@ def load_coop(path: str | Path, M: int, d: int, n_classes: int | None = None) ->
     if not plain or not (ctx := ctx.detach().float()).isfinite().all():
         raise ValueError(f"{path} holds a context with values that are not finite numbers.")
     return ctx
+
+
+def find_coop(folder: str | Path, model: str, M: int = 4) -> Path | None:
+    """The checkpoint for a model among those that CoOp's authors published, or None.
+
+    Their zip file has ``rn50_ep50_16shots/nctx4_cscFalse_ctpend/seed1/.../model.pth.tar-50`` and so
+    on, in ``to_gdrive``; of several seeds the first is taken.
+    """
+    if model not in BACKBONES:
+        return None
+    for path in sorted(Path(folder).rglob("*model.pth.tar*")):
+        parts = path.relative_to(folder).as_posix().lower().split("/")
+        of_model = any(part.startswith(f"{BACKBONES[model]}_") for part in parts)
+        if of_model and any(f"nctx{M}_" in part for part in parts):
+            return path
+    return None
 
 
 def _coop_mismatch(shape: tuple[int, ...], expected: tuple[int, ...]) -> str:

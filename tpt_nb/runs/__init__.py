@@ -6,9 +6,10 @@ A new setting that every run has is a field of ``RunConfig``; one of a method is
 
 from tpt_nb.runs.config import GROUP, RunConfig, augmenter_of, describe, identity, options_of
 from tpt_nb.runs.engine import Session, make_prompts, run, run_name
-from tpt_nb.runs.profile import PROFILES, bring, choose_profile, resolve
+from tpt_nb.runs.profile import PROFILES, bring, choose_profile, coop_context, resolve, start_name
 from tpt_nb.runs.records import Run, load_run, to_records
 from tpt_nb.runs.tensorboard import write_tensorboard
+from tpt_nb.runs.threads import memory_of
 
 __all__ = [
     "GROUP",
@@ -19,14 +20,17 @@ __all__ = [
     "augmenter_of",
     "bring",
     "choose_profile",
+    "coop_context",
     "describe",
     "identity",
     "load_run",
     "make_prompts",
+    "memory_of",
     "options_of",
     "resolve",
     "run",
     "run_name",
+    "start_name",
     "to_records",
     "write_tensorboard",
 ]

@@ -25,6 +25,7 @@ from tpt_nb.core.files import read_text, write_whole
 from tpt_nb.core.messages import unknown
 from tpt_nb.runs.config import RunConfig
 from tpt_nb.runs.pool import Spread, default_jobs, run_many, start_server
+from tpt_nb.runs.profile import start_name
 from tpt_nb.runs.records import Run
 
 KEYS = ("rows", "common", "baseline", "about")
@@ -182,7 +183,9 @@ def table(rows: Sequence[Row], baseline: str) -> list[dict]:
 
 def _line(row: Row, done: Run, reference: Run | None) -> dict:
     s, c = done.summary, done.config
-    line = {"label": row.label, "method": c.method, "augmenter": c.augmenter}
+    # a row is called by what was run: without a CoOp context none is CoOp's
+    label = row.label if c.coop else row.label.replace("CoOp prompt", start_name(c))
+    line = {"label": label, "method": c.method, "augmenter": c.augmenter}
     line["loss"] = c.options.get("loss", "")
     line |= {name: getattr(c, name) for name in ("n_aug", "n_patches", "overlap", "augmix")}
     line["dataset"] = s["dataset"]
