@@ -19,6 +19,8 @@ from badges import STAMPED
 from nbformat import NotebookNode
 from notebook_format import problems
 
+from tpt_nb.course import kinds
+
 REPO = Path(__file__).resolve().parent.parent
 CELL, SETUP, ROW = 50, 8, 60  # lines of code: of any cell, of the setup, of two cells in a row
 LONG = 15  # a cell longer than this counts for ROW
@@ -26,7 +28,7 @@ EXERCISES = range(4, 9)
 LAST = ("Limits", "Conclusion", "References")  # the last sections, in this order
 HEADING = re.compile(r"^(#{1,6}) +(.+?)\s*$", re.MULTILINE)
 LEVELS = r" · difficulty [●○]{3} · importance [●○]{3} · \d+ minutes$"
-EXERCISE = re.compile(rf"^\*\*Exercise (\d\d\.\d+) · [^*]+\*\*{LEVELS}", re.MULTILINE)
+EXERCISE = re.compile(rf"^\*\*Exercise (\d\d\.\w+) · [^*]+\*\*{LEVELS}", re.MULTILINE)
 LINK = re.compile(r"!?\[([^\]]*)\]\(([^()\s]*(?:\([^()\s]*\)[^()\s]*)*)([^)]*)\)")
 ARXIV = re.compile(r"arxiv\.org/abs/(\d{4}\.\d{4,5})", re.IGNORECASE)
 WORDS = {"half a": 0.5, "a": 1, "one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "ten": 10}
@@ -168,33 +170,52 @@ def lengths(notebook: NotebookNode) -> Iterator[str]:
 
 
 def exercises(notebook: NotebookNode, number: str) -> Iterator[str]:
-    """Four to eight, numbered, each with what a student needs."""
+    """Four to eight functions, numbered, and one of each other kind, with what a student needs."""
     cells = [cell for cell in notebook.cells if not is_hidden(cell)]
-    code = [cell.metadata.get("tpt", {}) if cell.cell_type == "code" else {} for cell in cells]
-    at = [i for i, tpt in enumerate(code) if "q" in tpt]
-    if len(at) not in EXERCISES:
-        yield f"{len(at)} exercises, not {EXERCISES[0]} to {EXERCISES[-1]}"
-    for count, i in enumerate(at, 1):
-        q, source, where = code[i].q, cells[i].source, f"exercise {code[i].q}"
+    at = {
+        i: cell.metadata.tpt.q
+        for i, cell in enumerate(cells)
+        if "q" in cell.metadata.get("tpt", {})
+    }
+    functions = [q for q in at.values() if not kinds.kind(q)]
+    if len(functions) not in EXERCISES:
+        yield f"{len(functions)} exercises, not {EXERCISES[0]} to {EXERCISES[-1]}"
+    for count, q in enumerate(functions, 1):
         if q != f"{number}.{count}":
-            yield f"{where} stands in the place of {number}.{count}"
-        if not isinstance(code[i].get("points"), int | float):
+            yield f"exercise {q} stands in the place of {number}.{count}"
+    for letter, what in kinds.KINDS.items():
+        if f"{number}.{letter}" not in at.values():
+            yield f"there is no exercise {number}.{letter} ({what})"
+    for i, q in at.items():
+        where = f"exercise {q}"
+        if not isinstance(cells[i].metadata.tpt.get("points"), int | float):
             yield f"{where} has no points"
-        start, end = source.find("# BEGIN SOLUTION"), source.find("# END SOLUTION")
-        if not 0 <= start < end:
-            yield f"{where}: no solution between # BEGIN SOLUTION and # END SOLUTION"
-            continue
-        if '"""' not in source[:start]:
-            yield f"{where}: the stub has no docstring (what comes in and out, with shapes)"
-        if "check." not in source[end:]:
-            yield f"{where}: no check in the same cell"
-        text = cells[i - 1].source if cells[i - 1].cell_type == "markdown" else ""
-        if q not in EXERCISE.findall(text):
+        yield from (f"{where}: {text}" for text in answer_problems(q, cells[i].source))
+        above = [i - 1, i - 2] if kinds.kind(q) == "O" else [i - 1]  # a cell to start with between
+        texts = [cells[j].source for j in above if cells[j].cell_type == "markdown"]
+        if q not in EXERCISE.findall("\n\n".join(texts)):
             yield f"{where}: above it must stand '**Exercise {q} · title** · difficulty ●○○ · ...'"
         after = cells[i + 1].source if i + 1 < len(cells) else ""
-        after = "" if EXERCISE.search(after) else after  # that hint is for the next one
-        if not any("<details>" in t and "Hint" in t for t in (text, after)):
+        texts.append("" if EXERCISE.search(after) else after)  # that hint is for the next one
+        if not any("<details>" in text and "Hint" in text for text in texts):
             yield f"{where}: no folded hint (<details><summary>Hint</summary>)"
+        results = [c for c in cells[i:] if f'check.reveal("{q}"' in c.source]
+        if kinds.kind(q) == "P" and [c.metadata.get("tags") for c in results] != [["gives-away"]]:
+            yield f'{where}: below it must stand one cell with check.reveal("{q}", ...), gives-away'
+
+
+def answer_problems(q: str, source: str) -> Iterator[str]:
+    """What is wrong with the cell of an answer."""
+    if kinds.kind(q) in kinds.WRITTEN:
+        return
+    start, end = source.find("# BEGIN SOLUTION"), source.find("# END SOLUTION")
+    if not 0 <= start < end:
+        yield "no solution between # BEGIN SOLUTION and # END SOLUTION"
+        return
+    if '"""' not in source[:start] and kinds.kind(q) != "P":
+        yield "the stub has no docstring (what comes in and out, with shapes)"
+    if "check." not in source[end:]:
+        yield "no check in the same cell"
 
 
 def links(notebook: NotebookNode, folder: Path, sources: set[str]) -> Iterator[str]:

@@ -5,7 +5,7 @@ Nothing in here may be imported by another room. Another rule of what counts as 
 
 ::
 
-    python -m tpt_nb.course release --out DIR
+    python -m tpt_nb.course release                # notebooks/student; --out DIR: both versions
     python -m tpt_nb.course grade SUBMISSIONS --out grades.csv --jobs 2
 
 **A master** is a notebook in ``notebooks/``. A code cell with the metadata ``tpt: {q: "02.3",
@@ -15,6 +15,22 @@ true}`` are its hidden tests. They hold no expected value: ``check.report(name, 
 over what the answer gives for random numbers drawn from ``check.seed()``. A question without
 hidden tests is graded with its visible checks, read as ``check.report``. In the student version a
 cell tagged ``solution`` is left out, and one tagged ``gives-away`` loses its outputs.
+
+**The kinds.** A letter in the name of a question makes it another kind (``course.kinds``):
+
+- ``02.P``, *predict, then run*. The solution is one line, ``guess = "B"``, which the student gets
+  as ``guess = ...``; ``check.predict("02.P", guess, {"A": "...", ...})`` follows. Further down a
+  cell tagged ``gives-away`` ends in ``check.reveal("02.P", result, detail)``, which shows the
+  result only to who has predicted. Graded as data: one of the options, not run after the result.
+- ``02.B``, *find the bug*. Between the solution and ``# END SOLUTION`` stands ``# BUG`` and below
+  it the wrong lines, each as a comment. The student gets these and no mark of where they are.
+- ``02.T`` and ``02.O``, *read this table* and an open question, are cells of text with ``tpt: {q,
+  points}``: the model answer, and the rubric as lines ``- (1) says that ...``, whose points add up.
+  The student gets a place to write. Below the heading of ``02.O`` a cell of code to start with.
+
+To add one: the heading ``**Exercise 02.B · title** · difficulty ●●○ · importance ●●○ · 10 minutes``
+with a folded hint, the cell below it, for ``B`` a hidden test and a line in ``MISTAKES``
+(``ci/tests/test_course_real.py``); then ``release``. ``ci/lint_notebooks.py`` says what is missing.
 
 **Grading.** A submission is read as data. Its cells are what Jupyter makes of them: ``x?``,
 ``%time`` and ``!ls`` are Python calls. Answers (found by question, by cell id, or by the name of
@@ -26,6 +42,9 @@ answer gave what the reference gave. The tests of a question share its points; w
 worth nothing, and the reason is written down. An answer that ends the run (a loop without end, a
 dead kernel) is taken out, and the rest runs again. An answer that calls another answer gets what
 that one gives (04.2 calls 04.1): the solution in its place would have to be in the sandbox.
+
+Predictions and texts are read and never run. A text waits for a person: ``grades_rubric.csv`` has
+a line for each item of its rubric; filled in, it is added up by the next ``grade``.
 
 **Threat model.** Answers are hostile programs. Trusted are who starts the grading, the masters
 and the installed packages.
@@ -43,6 +62,8 @@ and the installed packages.
 - *Using up the machine.* Time per cell and run, memory, processes, sizes of files, of outputs and
   of reports are limited, and everything that a run started ends with it. The limit on memory is
   one per process; a watch on the sum acts within a fraction of a second.
+- *A prediction that was changed after the result.* The notebook's own counts of runs tell only the
+  careless: whoever starts anew and edits the guess is believed. It is worth one point.
 - *Not covered.* Holes of the operating system's kernel. Answers that call the library's function
   instead of writing it: they are right; the feedback shows them. Copying among students.
 """
