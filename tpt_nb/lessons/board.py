@@ -171,9 +171,8 @@ def calibration(table: Mapping) -> pd.DataFrame:
 def too_sure(row: Row) -> str:
     """ "ECE 36, too unsure by 36 points"."""
     over = 100 * row["overconfidence"]
-    return (
-        f"ECE {100 * row['ece']:.0f}, {'too sure' if over > 0 else 'too unsure'} by {abs(over):.0f}"
-    )
+    side = "too sure" if over > 0 else "too unsure"
+    return f"ECE {100 * row['ece']:.0f}, {side} by {abs(over):.0f} points"
 
 
 def losses(table: Mapping, start: str = "zero_shot") -> list[tuple[tuple, str, str]]:
