@@ -67,8 +67,8 @@ CASES = [
     Case("02", "TPT + CoOp against CoOp", {"n": 4, "n_augmix": 2, "n_dev": 2, "n_aug": 7}),
     Case("03", COOP, {"reduced_size": 2, "n_look": 2}),
     Case("03", 'prompt "a photo of a"', {"reduced_size": 1, "n_look": 1, "coop": ""}, "no CoOp"),
-    Case("04", COOP, {"reduced_size": 1, "n_curve": 2, "n_tpt": 1, "n_variant": 1, "n_crops": 5}),
-    Case("05", COOP, {"reduced_size": 3, "n_aug": 7}),
+    Case("04", COOP, {"reduced_size": 1, "n_curve": 2, "n_variant": 1, "n_crops": 9}),
+    Case("05", COOP, {"reduced_size": 3, "n_signs": 2, "n_aug": 7, "n_patches": 4, "n_copies": 1}),
     Case("06", "for full this notebook needs 63 pictures", {"n": 4, "n_aug": 7}, "auto"),
     Case("06", FULL, {**PICTURES, "n": 3, "n_aug": 7}, "pictures made before", GENERATE),
     Case("07", "Going on with mini", {"n": 6}, "auto, no hub"),
@@ -76,7 +76,7 @@ CASES = [
     Case("08", "for full this notebook needs the parameters descriptions", {"n": 6}, "auto"),
     Case("08", FULL, {**KNOWLEDGE, "n": 3, "n_aug": 7}, "descriptions and database given"),
     Case("09", FULL, {"n": 3, "n_paper": 1, "n_aug": 7, "repeats": 1}),
-    Case("10", FULL, {"n": 4, "n_tuned": 1, "n_damaged": 1, "n_aug": 7, "n_other": 2}),
+    Case("10", FULL, {"n": 6, "n_classes": 3, "n_tuned": 1, "n_damaged": 1, "n_aug": 7}),
 ]
 
 
