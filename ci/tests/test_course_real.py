@@ -6,10 +6,12 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from tpt_nb.course import execution, feedback, grading, masters, sandbox, submissions, values
+from tpt_nb.course import execution, feedback, grading, kinds, masters, sandbox, submissions, values
+from tpt_nb.course.cells import parse
 from tpt_nb.lessons import check
 
 REPO = Path(__file__).resolve().parents[2]
+NOTEBOOKS = sorted((REPO / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 MISTAKES = {
     "01.1": ("log_p_image.diag()", "log_p_caption.diag()"),  # rows twice
     "01.2": ("F.normalize(t, dim=-1).T", "t.T"),  # one side alone is scaled
@@ -76,6 +78,51 @@ MISTAKES = {
     ),  # not paired
     "10.5": (".pow(3)", ""),
 }
+BUGS = {  # question -> a mend that is wrong, one that is right; the bug itself is its stub
+    "01.B": (
+        ("columns = list(allowed)", "columns = list(allowed)[::-1]"),
+        ("columns = list(allowed)", "columns = allowed = sorted(allowed)"),
+    ),
+    "02.B": (
+        ("        optimizer.zero_grad()\n", ""),  # gradients add up
+        (
+            "optimizer = torch.optim.AdamW([ctx], lr=lr)\n        opt",
+            "optimizer.state.clear()\n        opt",
+        ),
+    ),
+    "03.B": (
+        ("logits.view(groups, n, -1)", "logits.view(groups, n, -1).flip(0)"),
+        ("logits.view(groups, n, -1)", "torch.stack(logits.split(n))"),
+    ),
+    "04.B": (
+        ("p[:, :count]", "p[:, -count:]"),  # not the first
+        ("[:, -keep:]", "[:, ::-1][:, :keep]"),
+    ),
+    "05.B": (
+        ("means.log()", "means.log().softmax(-1)"),
+        (
+            "losses.entropy(means.log())",
+            "-(means * means.clamp_min(1e-30).log()).sum(dim=-1)",
+        ),
+    ),
+    "06.B": (
+        (".cumprod(dim=0)[t]", ".cumprod(dim=0)[max(t - 1, 0)]"),
+        ("(1 - betas).cumprod(dim=0)[t]", "(1 - betas)[: t + 1].prod()"),
+    ),
+    "07.B": (("order.roll(1)", "order"), ("order.roll(1)", "order.roll(-1)")),
+    "08.B": (
+        ("ids[i] != query_id", "i != order[0]"),
+        ("[:k]", "[: max(k, 0)]"),
+    ),
+    "09.B": (
+        ("(tuple(names), ctx", "(frozenset(names), ctx"),  # the order of the classes counts
+        ("ctx.detach().cpu().numpy().tobytes()", "tuple(ctx.flatten().tolist())"),
+    ),
+    "10.B": (
+        ("right[:, dev]", "right[:, ~dev]"),
+        ("right[:, dev].mean(axis=1).argmax()", "np.argmax([r[dev].mean() for r in right])"),
+    ),
+}
 
 
 def master_of(number: str) -> masters.Master:
@@ -97,10 +144,10 @@ def values_of(notebook: nbformat.NotebookNode, monkeypatch) -> dict[str, list[di
 @pytest.mark.parametrize("number", sorted({q[:2] for q in MISTAKES}))
 def test_what_is_run_of_a_solution_notebook_is_what_is_run_of_the_master(number, tmp_path):
     master = master_of(number)
-    right = {q: question.solution for q, question in master.questions.items()}
+    right = solutions_of(master)
     nbformat.write(masters.version(master, "solution"), tmp_path / "x.ipynb")
     one = submissions.read_submission("x", tmp_path / "x.ipynb", {master.name: master})
-    found = {q: submissions.find_answer(master, q, one.cells).source for q in master.questions}
+    found = {q: submissions.find_answer(master, q, one.cells).source for q in right}
     assert found == right
     asking = {q: f"files = !ls\n{source}\ntorch.softmax?" for q, source in right.items()}
     ids = [[c.id for c in execution.graft(master, answers).cells] for answers in (right, asking)]
@@ -112,22 +159,51 @@ def test_hidden_tests_tell_mistakes_from_answers(number, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv(check.SEED, str(secrets.randbelow(2**31)))  # another one for each grading
     master = master_of(number)
-    right = {q: question.solution for q, question in master.questions.items()}
+    right = solutions_of(master)
     reference, again = (values_of(execution.graft(master, right), monkeypatch) for _ in range(2))
-    for q, question in master.questions.items():
+    for q, solution in right.items():
+        question = master.questions[q]
         assert question.tests, q
-        old, new = MISTAKES[q]
-        assert old in question.solution, q
-        wrong = values_of(
-            execution.graft(master, right | {q: question.solution.replace(old, new)}), monkeypatch
-        )
-        problems = []
-        for cell in execution.test_cells(question):
-            assert len(reference[cell]) == len(wrong[cell]) > 0
-            for value, same, other in zip(reference[cell], again[cell], wrong[cell], strict=True):
-                assert values.differs(same, value) == "", q
-                problems.append(values.differs(other, value))
-        assert any(problems), f"{q}: the hidden tests do not notice {new!r} for {old!r}"
+        wrong, mends = [replaced(solution, *MISTAKES[q])] if q in MISTAKES else [question.stub], []
+        if q in BUGS:
+            wrong.append(replaced(solution, *BUGS[q][0]))
+            mends.append(replaced(solution, *BUGS[q][1]))
+        for answer in (*wrong, *mends):
+            got = values_of(execution.graft(master, right | {q: answer}), monkeypatch)
+            problems = []
+            for cell in execution.test_cells(question):
+                assert len(reference[cell]) == len(got[cell]) > 0
+                for value, same, other in zip(reference[cell], again[cell], got[cell], strict=True):
+                    assert values.differs(same, value) == "", q
+                    problems.append(values.differs(other, value))
+            if answer in mends:
+                assert not any(problems), f"{q}: a right mend does not pass: {problems}"
+            else:
+                assert any(problems), f"{q}: the hidden tests do not notice\n{answer}"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_what_is_read_and_not_run_can_be_graded(path):
+    master = masters.load_master(path)
+    for q, question in master.questions.items():
+        if kinds.kind(q) in kinds.WRITTEN:
+            assert len(question.rubric) >= 3, q
+        elif kinds.kind(q) == "P":
+            options = kinds.options(question.source)
+            assert len(options) >= 3 and kinds.guessed(parse(question.solution)) in options, q
+            assert kinds.guessed(parse(question.stub)) not in options, q
+            assert question.result in ("", *options), q  # "": not executed since
+
+
+def solutions_of(master: masters.Master) -> dict[str, str]:
+    """What is run: question -> solution."""
+    return {q: question.solution for q, question in master.questions.items() if question.is_run}
+
+
+def replaced(source: str, old: str, new: str) -> str:
+    """A source with a mistake put in."""
+    assert old in source, old
+    return source.replace(old, new)
 
 
 @pytest.mark.slow
@@ -138,10 +214,8 @@ def test_the_reference_passes_and_mistakes_do_not(number, tmp_path):
     wrong = masters.version(master, "solution")
     for cell in wrong.cells:
         q = cell.metadata.get("tpt", {}).get("q")
-        if q:
-            old, new = MISTAKES[q]
-            assert old in cell.source
-            cell.source = cell.source.replace(old, new)
+        if q in MISTAKES or q in BUGS:
+            cell.source = replaced(cell.source, *(MISTAKES.get(q) or BUGS[q][0]))
     for name, notebook in (
         ("right", right),
         ("wrong", wrong),
@@ -151,9 +225,11 @@ def test_the_reference_passes_and_mistakes_do_not(number, tmp_path):
     options = execution.Options(sandbox.choose(), cell_seconds=120, limits=sandbox.Limits(600))
     rows, _ = grading.grade(tmp_path, {master.name: master}, options, jobs=2)
     status = {(row.student, row.question): row.status for row in rows}
-    for q in master.questions:
-        assert status["right", q] == "passed"
+    for q, question in master.questions.items():
+        assert status["right", q] == (grading.WAITS if question.rubric else "passed")
         assert status["blank", q] == "blank"
+        if not question.is_run:
+            continue
         assert status["wrong", q] in ("failed", "partial"), (q, status["wrong", q])
     points = {
         total["student"]: total["percent"] for total in feedback.totals(rows).to_dict("records")

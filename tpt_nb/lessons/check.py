@@ -144,7 +144,7 @@ def go_on(shell) -> None:
 
     def say(shell, kind, error, trace, tb_offset=None) -> None:
         if _is_open(error):
-            print(f"{str(error).capitalize()} is not answered yet.")
+            print(f"E{str(error)[1:]} is not answered yet.")
         else:
             shell.showtraceback((kind, error, trace), tb_offset=tb_offset)
 
