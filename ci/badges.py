@@ -129,12 +129,11 @@ def rendered(root: Path, repo: str, ref: str) -> dict[Path, str]:
     return pages
 
 
-def students(root: Path) -> None:
-    """Make the committed students' copies anew, where the repository has some."""
-    folder = root / "notebooks"
+def students(folder: Path) -> None:
+    """Make the committed students' copies of a folder of notebooks anew, where it has some."""
     if (folder / "student").is_dir():
         release(load_masters(folder), folder, ["student"])
-        print("notebooks/student: made anew")
+        print(f"{folder.name}/student: made anew")
 
 
 def classroom(pages: dict[Path, str], out: Path) -> None:
@@ -182,7 +181,7 @@ def main(argv: list[str] | None = None) -> int:
             path.write_text(new, encoding="utf-8")
             print(f"{path.relative_to(args.root)}: stamped for {repo} at {ref}")
     if not args.check:
-        students(args.root)
+        students(args.root / "notebooks")
     return int(bool(bad and args.check))
 
 

@@ -9,7 +9,6 @@ Usually started by ``bash ci/run``.
 """
 
 import argparse
-import difflib
 import os
 import re
 import signal
@@ -22,7 +21,9 @@ from pathlib import Path
 
 import nbformat
 import psutil
+from badges import students
 from notebook_format import is_added, normalise
+from run_options import REPO, Mistake, arguments, as_text, choose_parameters, find
 from run_report import (
     Result,
     collect,
@@ -33,13 +34,8 @@ from run_report import (
     write_index,
 )
 
-REPO = Path(__file__).resolve().parent.parent
 PATIENCE = {"mini": 600, "full": 3600}  # seconds without progress
 EVERY = 15  # seconds between two lines that say where it stands
-
-
-class Mistake(Exception):
-    """Something in what was asked for; its text is for the user."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -67,6 +63,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.in_place and result.passed:
             write_back(out / notebook.path.name, notebook.path, out, result.seconds)
         show.finished(result)
+    if args.in_place:
+        students(args.notebooks)
     report = collect(out, results, old)
     write_index(out, report, {})
     print_tables(report, results, out)
@@ -76,33 +74,6 @@ def main(argv: list[str] | None = None) -> int:
     passed, seconds = len(results) - len(failed), time.perf_counter() - began
     print(f"ci/run: {passed} passed, {len(failed)} failed, {seconds:.0f} s")
     return 1 if failed else 0
-
-
-def arguments(argv: list[str] | None) -> argparse.Namespace:
-    """The options of ``bash ci/run``."""
-    parser = argparse.ArgumentParser(
-        prog="bash ci/run",
-        description="Execute the notebooks; results, pages and logs go to out/.",
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    add("--only", action="append", default=[], metavar="NN", help="a notebook's number; repeatable")
-    add("--profile", choices=["mini", "full"], help="default: the notebooks' own choice (auto)")
-    add("--out", type=Path, default=REPO / "out", metavar="DIR", help="default: out")
-    add(
-        "-p",
-        "--param",
-        nargs=2,
-        action="append",
-        default=[],
-        metavar=("NAME", "VALUE"),
-        help="another value for a parameter of the notebooks that run; repeatable",
-    )
-    add("--in-place", action="store_true", help="write executed notebooks back, to be committed")
-    add("--jobs", type=int, metavar="N", help="notebooks at a time (one per core; full: 1)")
-    add("--timeout", type=int, metavar="S", help="end what makes no progress for S seconds (600)")
-    add("--notebooks", type=Path, default=REPO / "notebooks", metavar="DIR", help="another folder")
-    return parser.parse_args(argv)
 
 
 def jobs_of(args: argparse.Namespace) -> int:
@@ -120,47 +91,6 @@ def cores() -> int:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # not on every system
         return os.cpu_count() or 1
-
-
-def find(folder: Path, only: list[str]) -> list[Path]:
-    """The numbered notebooks in order, or those asked for; ``Mistake`` for an unknown number."""
-    known = {path.name[:2]: path for path in sorted(folder.glob("[0-9][0-9]_*.ipynb"))}
-    wanted = [number.strip().zfill(2) for text in only for number in text.split(",")]
-    for number in wanted:
-        if number not in known:
-            raise Mistake(f"there is no notebook {number}; there are: {', '.join(known) or 'none'}")
-    return [path for number, path in known.items() if not wanted or number in wanted]
-
-
-# --- parameters ----------------------------------------------------------------------------------
-
-
-def declared(path: Path) -> list[str]:
-    """Names in the notebook's ``parameters`` cell, as papermill reads them."""
-    from papermill.translators import PythonTranslator
-
-    for cell in nbformat.read(path, as_version=4).cells:
-        if "parameters" in cell.metadata.get("tags", []):
-            return [parameter.name for parameter in PythonTranslator.inspect(cell)]
-    return []
-
-
-def choose_parameters(
-    path: Path, args: argparse.Namespace, out: Path, given: dict[str, str]
-) -> dict[str, str]:
-    """What to pass to this notebook. papermill only warns about a name that it does not know (and
-    its value then changes nothing), so such a name is a ``Mistake`` here.
-    """
-    known = declared(path)
-    params = {"out_dir": str(out / "runs")} if "out_dir" in known else {}
-    wanted = ({"profile": args.profile} if args.profile else {}) | given
-    for name in wanted:
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean {close[0]}?" if close else "."
-            listed = ", ".join(known) or "nothing (no cell tagged 'parameters')"
-            raise Mistake(f"{path.name} has no parameter {name!r}{hint} It declares: {listed}")
-    return params | wanted
 
 
 # --- executing -----------------------------------------------------------------------------------
@@ -245,7 +175,7 @@ def start(notebook: Notebook, out: Path, jobs: int) -> Running:
     command += ["--cwd", str(path.parent), "--no-progress-bar", "--log-output"]
     command += ["--language", "python"]  # a notebook's own metadata may lack it
     for name, value in notebook.params.items():
-        raw = name in ("out_dir", "profile")
+        raw = as_text(path, name)
         command += ["--parameters_raw" if raw else "--parameters", name, value]
     env = os.environ | {"TPT_NB_BY": path.stem}  # the engine notes it in the runs' summaries
     if not os.path.exists("/dev/nvidiactl"):
@@ -282,6 +212,9 @@ def finish(job: Running, patience: float | None) -> Result:
     code = None if patience else job.process.wait()
     seconds = time.perf_counter() - job.began
     cell, error = verdict(job.target, code)
+    if b"NoSuchKernel" in job.log.read_bytes():
+        install = f"{sys.executable} -m ipykernel install --sys-prefix --name python3"
+        error = f"this environment has no Jupyter kernel named python3: {install}"
     if patience and (not error or "papermill ended" in error):  # and no cell says why
         error = f"no progress for {patience:g} s"
     return Result(job.notebook.path.stem, not error, round(seconds, 1), cell, error)
