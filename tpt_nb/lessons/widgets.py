@@ -190,7 +190,7 @@ def prompt_playground(images, clip, wording: str = "a photo of a {}."):
         bars = {one: (100 * p[top]).tolist() for one, p in probs.items()}
         title = f"{names[target]}: {', '.join(says)}"
         fig = figures.grouped_bars(labels, bars, "probability (%)", title)
-        inset = fig.axes[0].inset_axes([0.8, 0.02, 0.2, 0.5])
+        inset = fig.axes[0].inset_axes([1.03, 0.1, 0.22, 0.8])  # beside the bars
         inset.imshow(picture)
         inset.set_axis_off()
         listed = "; ".join(f"'{one}' {100 * p[target]:.1f}" for one, p in probs.items())
