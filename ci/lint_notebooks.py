@@ -199,7 +199,7 @@ def exercises(notebook: NotebookNode, number: str) -> Iterator[str]:
         texts.append("" if EXERCISE.search(after) else after)  # that hint is for the next one
         if not any("<details>" in text and "Hint" in text for text in texts):
             yield f"{where}: no folded hint (<details><summary>Hint</summary>)"
-        results = [c for c in cells[i:] if f'check.reveal("{q}"' in c.source]
+        results = [c for c in cells[i:] if kinds.calls(c.source, "reveal", q)]
         if kinds.kind(q) == "P" and [c.metadata.get("tags") for c in results] != [["gives-away"]]:
             yield f'{where}: below it must stand one cell with check.reveal("{q}", ...), gives-away'
 

@@ -93,6 +93,11 @@ def options(source: str) -> list[str]:
     raise ValueError("no check.predict(question, guess, options)")
 
 
+def calls(source: str, function: str, question: str) -> bool:
+    """Does a cell call ``check.predict`` or ``check.reveal`` for this question?"""
+    return re.search(rf'check\.{function}\(\s*"{question}"', source) is not None
+
+
 def guessed(tree: ast.Module | None) -> object:
     """The last value that a cell gives a name at its left margin; None if it is no literal."""
     found = None

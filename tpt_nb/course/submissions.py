@@ -230,7 +230,7 @@ def find_answer(master: Master, q: str, cells: Sequence[dict]) -> Answer:
     """
     question = master.questions[q]
     marked = [c for c in cells if c["q"] == q or (c["id"] == question.cell and c["q"] is None)]
-    marked = marked or [c for c in cells if f'check.predict("{q}"' in c["source"]]
+    marked = marked or [c for c in cells if kinds.calls(c["source"], "predict", q)]
     defining = [c for c in cells if question.names <= names_of(c["source"]).may_bind]
     groups = [[c for c in defining if c in marked], defining if question.names else [], marked]
     if not any(groups):
@@ -271,7 +271,8 @@ def is_late(question: Question, cells: Sequence[dict]) -> bool:
     counts = {True: [], False: []}
     for cell in cells:
         for is_result, call in ((True, "reveal"), (False, "predict")):
-            if f'check.{call}("{question.id}"' in cell["source"] and type(cell["count"]) is int:
+            is_run = type(cell["count"]) is int
+            if is_run and kinds.calls(cell["source"], call, question.id):
                 counts[is_result].append(cell["count"])
     return bool(counts[True] and counts[False]) and max(counts[False]) > max(counts[True])
 
