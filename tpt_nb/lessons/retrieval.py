@@ -19,17 +19,23 @@ def knowledge(descriptions: str, database: str) -> Callable:
 
     Raises:
         ValueError: the data set is not of IconShift, whose texts and pictures are embedded, and
-            no file of descriptions or no database was given.
+            no file of descriptions or no database was given; what was given is not for these
+            classes.
     """
 
     def check(world) -> None:
         embedded = world.images.name in datasets.iconshift.VARIANTS
-        if not embedded and not (descriptions and database):
-            raise ValueError(
-                f"{world.images.name} needs the parameters descriptions and image_database."
-            )
+        if not embedded and (needed := lacking(descriptions, database)):
+            raise ValueError(f"{world.images.name} needs {needed}.")
+        ra_tta.read_descriptions(descriptions or ra_tta.DESCRIPTIONS, world.images.classnames)
 
     return check
+
+
+def lacking(descriptions: str, database: str) -> str:
+    """For ``setup.prepare(lacking=...)``: what only the reader can give for full; "" if given."""
+    needed = "the parameters descriptions and image_database (texts and pictures of the classes)"
+    return "" if descriptions and database else needed
 
 
 def frames(image, image_id: str, seed: int, n_aug: int) -> np.ndarray:
