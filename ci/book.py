@@ -1,7 +1,8 @@
 """The book: the stored notebooks as pages that work from ``file://``. Started by ``bash ci/book``.
 
 Sphinx with myst-nb does the work (``ci/book_pages``); here the notebooks are made ready for it:
-hidden tests go, an exercise becomes its stub and a folded solution, what is cited gets its mark.
+hidden tests go, an exercise becomes its stub and a folded solution (answers in words are folded in
+the notebooks), the result of a prediction is folded, too, and what is cited gets its mark.
 """
 
 import argparse
@@ -44,10 +45,16 @@ def address(entry: Entry) -> str:
 
 def exercise(cell: NotebookNode, question: Question) -> list[NotebookNode]:
     """The stub, and the solution with its outputs, folded."""
+    if cell.cell_type == "markdown":
+        return [cell]
     cell.source = question.solution
-    cell.metadata = {"tags": ["hide-cell"]}
-    cell.metadata["mystnb"] = {"code_prompt_show": f"Solution {question.id}"}
-    return [nbformat.v4.new_code_cell(question.stub), cell]
+    return [nbformat.v4.new_code_cell(question.stub), folded(cell, f"Solution {question.id}")]
+
+
+def folded(cell: NotebookNode, title: str) -> NotebookNode:
+    """A cell of code with its outputs, below a title to click on."""
+    cell.metadata = {"tags": ["hide-cell"], "mystnb": {"code_prompt_show": title}}
+    return cell
 
 
 def prepare(path: Path, bibliography: BibliographyData) -> NotebookNode:
@@ -66,6 +73,8 @@ def prepare(path: Path, bibliography: BibliographyData) -> NotebookNode:
                 source = "".join(output.data.pop("image/png").split())
                 shown = f'<img alt="{html.escape(alt)}" src="data:image/png;base64,{source}">'
                 output.data["text/html"] = shown
+        if "check.reveal(" in cell.source:
+            cell = folded(cell, "The result")
         cells += exercise(cell, master.questions[tpt["q"]]) if "q" in tpt else [cell]
     master.notebook.cells = cells
     return master.notebook

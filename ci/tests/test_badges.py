@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +14,7 @@ import pytest
 import torch
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
+from tpt_nb import runs
 from tpt_nb.core import machine
 from tpt_nb.lessons import setup
 from tpt_nb.runs import profile
@@ -23,7 +23,6 @@ REPO = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPO / "ci"))
 
 import badges  # noqa: E402
-import colab_driver  # noqa: E402
 
 START = """\
 from tpt_nb.lessons import check, setup
@@ -139,6 +138,12 @@ def test_half_an_address_is_refused(root, options):
     with pytest.raises(SystemExit):
         stamp(root, *options)
     assert "badge" not in (root / "notebooks" / "01_lesson.ipynb").read_text()
+
+
+def test_an_older_first_cell_is_brought_up_to_date():
+    older = badges.OLDER.format(repo="a/b", ref="v1") + START
+    assert badges.setup_cell(older, "OWNER/NAME", "TAG") == CELL
+    assert badges.setup_cell(CELL, "OWNER/NAME", "TAG") == CELL
 
 
 def test_a_notebook_without_setup_is_named_and_nothing_is_written(root, capsys):
@@ -271,6 +276,41 @@ def test_start_says_versions_device_profile_and_why(plain, capsys):
     assert lines[2] == "profile auto: mini, because no CUDA GPU here" and len(lines) == 3
 
 
+def test_a_gpu_without_kernels_is_not_taken_and_it_is_said(plain, capsys):
+    """Kaggle's P100 (sm_60) is available to a torch of CUDA 13, and fails when it is used."""
+    plain.undo()
+    plain.setattr(torch.cuda, "is_available", lambda: True)
+    plain.setattr(torch.cuda, "get_device_capability", lambda i: (6, 0))
+    plain.setattr(torch.cuda, "get_device_name", lambda i: "Tesla P100")
+    plain.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80", "sm_120"])
+    setup.start()
+    out = capsys.readouterr().out
+    assert "device: CPU" in out and "Tesla P100 (sm_60), is not one that torch" in out
+    assert profile.resolve(runs.RunConfig(profile="mini"))[0].device == "cpu"
+    with pytest.raises(ValueError, match="device 'cuda'.*P100.*use cpu"):
+        profile.resolve(runs.RunConfig(profile="mini", device="cuda"))
+    plain.setattr(torch.cuda, "get_device_capability", lambda i: (7, 5))
+    assert machine.has_gpu() and profile.resolve(runs.RunConfig(profile="mini"))[0].device == "cuda"
+
+
+@pytest.mark.parametrize(
+    "capability, archs, fits",
+    [
+        ((6, 0), ["sm_75", "sm_80"], False),
+        ((7, 5), ["sm_75", "sm_80"], True),
+        ((8, 9), ["sm_75", "sm_86"], True),  # a binary runs on later minor versions
+        ((8, 0), ["sm_86"], False),
+        ((9, 0), ["sm_80"], False),
+        ((9, 0), ["sm_80", "compute_80"], True),  # PTX runs on all that is later
+        ((9, 0), ["sm_90a"], True),
+        ((12, 0), ["sm_90a"], False),
+        ((12, 1), ["sm_120"], True),
+    ],
+)
+def test_kernels_run_where_nvidia_says(capability, archs, fits):
+    assert machine.runs_on(capability, archs) is fits
+
+
 def test_start_on_colab_without_a_gpu_says_how_to_get_one(plain, capsys):
     plain.setenv("COLAB_RELEASE_TAG", "x")
     setup.start()
@@ -307,10 +347,55 @@ def test_drive_keeps_archives_features_and_results(plain, tmp_path, capsys):
     assert os.environ["TPT_NB_CACHE"] == str(drive / "tpt_nb" / "cache")
     assert os.environ["TPT_NB_ARCHIVES"] == str(drive / "tpt_nb" / "archives")
     assert not os.environ["TPT_NB_DATASETS"].startswith(str(drive))
+    assert (tmp_path / "clone" / "out").is_symlink()
     (tmp_path / "clone" / "out" / "records.jsonl").write_text("{}")
     assert (drive / "tpt_nb" / "out" / "records.jsonl").read_text() == "{}"
     for name in ("TPT_NB_ARCHIVES", "TPT_NB_CACHE", "TPT_NB_DATASETS"):
         plain.delenv(name)
+
+
+def test_drive_takes_over_an_out_that_is_there(plain, tmp_path, capsys):
+    clone, drive = tmp_path / "clone", tmp_path / "MyDrive"
+    plain.setattr(setup, "REPO", clone)
+    for name, text in (("runs/a/records.jsonl", "1\n2\n"), ("runs/b/records.jsonl", "1\n")):
+        (clone / "out" / name).parent.mkdir(parents=True)
+        (clone / "out" / name).write_text(text)
+    there = drive / "tpt_nb" / "out" / "runs"
+    for name, text in (("a", "1\n"), ("b", "1\n2\n3\n")):  # of an earlier machine
+        (there / name).mkdir(parents=True)
+        (there / name / "records.jsonl").write_text(text)
+    assert setup.use_drive(drive)
+    assert (clone / "out").is_symlink() and "old folder is" in capsys.readouterr().out
+    assert (there / "a" / "records.jsonl").read_text() == "1\n2\n"  # the longer one is kept
+    assert (there / "b" / "records.jsonl").read_text() == "1\n2\n3\n"
+    (kept,) = clone.glob("out-before-drive-*")
+    assert (kept / "runs" / "b" / "records.jsonl").read_text() == "1\n"
+    for name in ("TPT_NB_ARCHIVES", "TPT_NB_CACHE", "TPT_NB_DATASETS"):
+        plain.delenv(name, raising=False)
+
+
+def test_a_refused_mount_is_said_and_the_notebook_goes_on(plain, tmp_path, capsys):
+    def mount(place):
+        raise ValueError("mount failed")
+
+    drive = SimpleNamespace(mount=mount)
+    plain.setitem(sys.modules, "google", SimpleNamespace(colab=SimpleNamespace(drive=drive)))
+    plain.setitem(sys.modules, "google.colab", SimpleNamespace(drive=drive))
+    plain.delenv("TPT_NB_HEADLESS", raising=False)
+    plain.delenv("TPT_NB_CACHE", raising=False)
+    assert not setup.use_drive(tmp_path / "drive" / "MyDrive")
+    out = capsys.readouterr().out
+    assert "was not mounted (mount failed)" in out and "run this cell again" in out
+    assert "TPT_NB_CACHE" not in os.environ
+
+
+def test_a_drive_that_cannot_be_written_is_said(plain, tmp_path, capsys):
+    plain.setattr(setup, "REPO", tmp_path / "clone")
+    plain.delenv("TPT_NB_CACHE", raising=False)
+    (tmp_path / "MyDrive").mkdir()
+    (tmp_path / "MyDrive" / "tpt_nb").write_text("a file in its place")
+    assert not setup.use_drive(tmp_path / "MyDrive")
+    assert "cannot be written" in capsys.readouterr().out and "TPT_NB_CACHE" not in os.environ
 
 
 # --- model and images ----------------------------------------------------------------------------
@@ -365,58 +450,3 @@ def test_what_else_a_notebook_needs_decides_too(plain, capsys):
         setup.prepare(dataset="imagenet-r", also=also, **VALUES)
     with pytest.raises(ValueError, match="closest|did you mean|unknown parameter|no_such"):
         setup.prepare(**mini, no_such=1)
-
-
-# --- the driver ----------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def driven(monkeypatch, tmp_path):
-    """The driver without machine: what it runs, and the results it finds."""
-    ran = []
-
-    def run(command, env=None, cwd=None, **params):
-        ran.append((command, env))
-        out = Path(command[command.index("--out") + 1])
-        for name in ("01_x.ipynb", "logs/01_x.log", "runs/a/records.jsonl", "results.json"):
-            (out / name).parent.mkdir(parents=True, exist_ok=True)
-            (out / name).write_text("{}")
-        for name in ("cache/features/x/manifest.json", "model.safetensors"):
-            (out / name).parent.mkdir(parents=True, exist_ok=True)
-            (out / name).write_text("{}")
-        return SimpleNamespace(returncode=1)
-
-    monkeypatch.setattr(colab_driver, "prepare", lambda repo: None)
-    monkeypatch.setattr(colab_driver, "device", lambda: "Tesla T4")
-    monkeypatch.setattr(colab_driver.subprocess, "run", run)
-    monkeypatch.setenv("MPLBACKEND", "module://inline")
-    return ran
-
-
-def test_the_driver_passes_parameters_on_and_packs_results(driven, tmp_path, capsys):
-    options = ["--work", str(tmp_path), "--only", "01", "-p", "profile", "full", "-p", "n", "50"]
-    assert colab_driver.main(options) == 1  # the run's own exit code
-    ((command, env),) = driven
-    assert command[1].endswith("run_notebooks.py") and command[-4:] == ["full", "-p", "n", "50"]
-    assert command[command.index("--only") + 1] == "01" and "--profile" in command
-    assert env["TPT_NB_HEADLESS"] == env["TQDM_DISABLE"] == "1" and "MPLBACKEND" not in env
-    with zipfile.ZipFile(tmp_path / "tpt_nb-results.zip") as archive:
-        names = set(archive.namelist())
-    assert names == {"01_x.ipynb", "logs/01_x.log", "runs/a/records.jsonl", "results.json"}
-    assert "Tesla T4" in capsys.readouterr().out
-
-
-def test_without_a_gpu_the_driver_stops_unless_told(driven, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(colab_driver, "device", lambda: "")
-    assert colab_driver.main(["--work", str(tmp_path)]) == 3 and not driven
-    assert "no GPU was given" in capsys.readouterr().err
-    assert colab_driver.main(["--work", str(tmp_path), "--cpu"]) == 1 and len(driven) == 1
-
-
-def test_the_driver_alone_needs_an_address(tmp_path, monkeypatch):
-    monkeypatch.setattr(colab_driver, "__file__", str(tmp_path / "ci" / "colab_driver.py"))
-    args = colab_driver.arguments(["--work", str(tmp_path)])
-    with pytest.raises(SystemExit, match="--repo OWNER/NAME"):
-        colab_driver.repository(args)
-    (tmp_path / "tpt_nb_clone").mkdir()  # a second call on the same machine
-    assert colab_driver.repository(args) == tmp_path / "tpt_nb_clone"

@@ -27,6 +27,19 @@ def f(x):
 
 
 check.equal("f", f(1), 2)'''
+PREDICT = """\
+# BEGIN SOLUTION
+guess = "B"
+# END SOLUTION
+check.predict("91.P", guess, {"A": "up", "B": "down"})"""
+ANSWERED = """\
+<details><summary>Answer 91.T</summary>
+
+It is the mean.
+
+- (1) says so
+
+</details>"""
 BIB = """\
 % a comment
 @inproceedings{someone2020it,
@@ -68,6 +81,11 @@ def write(folder):
             new_output("stream", name="stdout", text="as stored\n"),
         ]),
         code("check.report('x', f(7))", metadata={"tpt": {"q": "91.1", "hidden": True}}),
+        code(PREDICT, metadata={"tpt": {"q": "91.P", "points": 1}}),
+        code("check.reveal('91.P', 'B')", outputs=[
+            new_output("stream", name="stdout", text="Result of 91.P: B\n"),
+        ]),
+        text(ANSWERED, metadata={"tpt": {"q": "91.T", "points": 1}}),
     ]  # fmt: skip
     nbformat.write(new_notebook(cells=cells, metadata=PYTHON), folder / "91_first.ipynb")
     second = [text("# 92 · Second"), text("## Part\n\nBumblebees."), text("## Part\n\nA Method")]
@@ -114,6 +132,18 @@ def test_solutions_are_folded_and_hidden_tests_left_out(site):
     folded = plain(rest.partition("</details>")[0])
     assert "secret" in folded and "Solution 91.1" in folded and "as stored" in folded
     assert "END SOLUTION" not in text and "report" not in plain(text)
+
+
+def test_predictions_and_answers_in_words_are_folded(site):
+    text = page(site, "91_first.html")
+    after = text[text.index("Solution 91.1") :]
+    stub, _, rest = after[after.index("guess") :].partition('<details class="admonition hide')
+    assert "your answer in the place of the dots" in plain(stub) and "&quot;B&quot;" in stub
+    assert "Solution 91.P" in plain(rest.partition("</details>")[0])
+    result = rest.partition("</details>")[2].partition('<details class="admonition hide')
+    assert "Result of" not in result[0] and "The result" in plain(result[2])
+    answer = text[text.index("<summary>Answer 91.T") :]
+    assert answer.index("It is the mean.") < answer.index("</details>")
 
 
 def test_pages_are_linked_and_nothing_is_loaded_from_elsewhere(site):

@@ -13,6 +13,13 @@ from tpt_nb.lessons import check
 REPO = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((REPO / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 MISTAKES = {
+    "00.1": (
+        "share * source_var + (1 - share) * variance",
+        "(share * source_var.sqrt() + (1 - share) * variance.sqrt()) ** 2",
+    ),
+    "00.2": ("rank[targets[images]].argsort", "targets[images].argsort"),  # the classes in order
+    "00.3": ("(together - alone).abs().max() < atol and ", ""),  # the batch's mean has no order
+    "00.4": ("(log_p + h)", "log_p"),
     "01.1": ("log_p_image.diag()", "log_p_caption.diag()"),  # rows twice
     "01.2": ("F.normalize(t, dim=-1).T", "t.T"),  # one side alone is scaled
     "01.3": ("F.normalize(t, dim=-1).mean", "t.mean"),  # long features outvote short ones
@@ -79,6 +86,10 @@ MISTAKES = {
     "10.5": (".pow(3)", ""),
 }
 BUGS = {  # question -> a mend that is wrong, one that is right; the bug itself is its stub
+    "00.B": (
+        ("optimizer.state.clear()", 'optimizer.param_groups[0]["momentum"] = 0'),
+        ("optimizer.state.clear()", "for w in tuned: optimizer.state.pop(w, None)"),
+    ),
     "01.B": (
         ("columns = list(allowed)", "columns = list(allowed)[::-1]"),
         ("columns = list(allowed)", "columns = allowed = sorted(allowed)"),
