@@ -2,7 +2,8 @@
 
 One heading, minutes to run and to read, one setup cell, parameters that papermill can read, cells
 of a readable length, exercises with difficulty, minutes, stub, check and hint, sections in the
-usual order, links that lead somewhere, papers in the bibliography. Part of ``bash ci/test``.
+usual order, links that lead somewhere, papers in the bibliography, findings below charts and marks
+behind numbers (lint_findings.py). Part of ``bash ci/test``.
 """
 
 import argparse
@@ -16,14 +17,15 @@ from urllib.parse import urlsplit
 
 import nbformat
 from badges import STAMPED
+from lint_findings import unsaid, unsupported
 from nbformat import NotebookNode
 from notebook_format import problems
 
 from tpt_nb.course import kinds
 
 REPO = Path(__file__).resolve().parent.parent
-CELL, SETUP, ROW = 50, 8, 60  # lines of code: of any cell, of the setup, of two cells in a row
-LONG = 15  # a cell longer than this counts for ROW
+CELL, SETUP, ROW = 20, 8, 60  # lines of code: of any cell, of the setup, without a word between
+ANSWER = 30  # of an exercise's cell: stub, solution and checks
 EXERCISES = range(4, 9)
 LAST = ("Limits", "Conclusion", "References")  # the last sections, in this order
 HEADING = re.compile(r"^(#{1,6}) +(.+?)\s*$", re.MULTILINE)
@@ -64,7 +66,7 @@ def lint(path: Path, seconds: float | None, sources: set[str]) -> list[str]:
         found = [text for text in found if text not in counts]
         found.append(f"{counts[0]}, and {len(counts) - 1} more: run bash ci/run --in-place")
     found += header(notebook, path.name[:2], seconds)
-    for rule in (order, parameters, lengths):
+    for rule in (order, parameters, lengths, unsaid, unsupported):
         found += rule(notebook)
     return [*found, *exercises(notebook, path.name[:2]), *links(notebook, path.parent, sources)]
 
@@ -156,17 +158,18 @@ def is_hidden(cell: NotebookNode) -> bool:
 
 
 def lengths(notebook: NotebookNode) -> Iterator[str]:
-    """No cell of code is too long to be read at once, nor two without a word between them."""
-    before = 0
+    """No cell of code is too long to be read at once, nor too much code without a word between."""
+    row = 0  # lines since the last word
     for i, cell in enumerate(notebook.cells, 1):
         if is_hidden(cell):
             continue
         here = length(cell) if cell.cell_type == "code" else 0
-        if here > CELL:
-            yield f"cell {i} has {here} lines of code, more than {CELL}"
-        elif min(here, before) > LONG and here + before > ROW:
-            yield f"cells {i - 1} and {i}: {before} and {here} lines of code without a word between"
-        before = here
+        most = ANSWER if "q" in cell.metadata.get("tpt", {}) else CELL
+        if here > most:
+            yield f"cell {i} has {here} lines of code, more than {most}"
+        before, row = row, row + here if here else 0
+        if before <= ROW < row:
+            yield f"cell {i}: {row} lines of code without a word between"
 
 
 def exercises(notebook: NotebookNode, number: str) -> Iterator[str]:

@@ -56,7 +56,8 @@ def good() -> nbformat.NotebookNode:
     for count, cell in enumerate([c for c in cells if c.cell_type == "code"], 1):
         cell.execution_count = count
     figure = new_output("display_data", PICTURE, metadata={"image/png": {"alt": "a figure"}})
-    cells[4].outputs = [figure]
+    finding = {"text/markdown": "**Finding.** 2.", "text/plain": "Finding. 2."}
+    cells[4].outputs = [figure, new_output("display_data", finding)]
     kernel = {"name": "python3", "display_name": "Python 3"}
     return new_notebook(cells=cells, metadata={"kernelspec": kernel})
 
@@ -99,9 +100,8 @@ def lines(n):
     return "\n".join(f"x{i} = {i}" for i in range(n))
 
 
-def two_cells_in_a_row(nb):
-    cells = [new_code_cell(lines(31), execution_count=3), new_code_cell(lines(31))]
-    nb.cells[4:5] = cells
+def much_code_in_a_row(nb):
+    nb.cells[4:5] = [new_code_cell(lines(16)) for _ in range(4)]
     renumber(nb)
 
 
@@ -169,8 +169,9 @@ BROKEN = {
     "two_titles": (replace(3, "## 1.", "# 1."), "2 headings of the first level"),
     "no_minutes": (replace(0, "Run: about two minutes. ", ""), "how long it runs"),
     "no_reading": (replace(0, " Read: 5 minutes.", ""), "how long it takes to read"),
-    "long_cell": (replace(4, "1 + 1", lines(51)), "51 lines of code, more than 50"),
-    "row": (two_cells_in_a_row, "without a word between"),
+    "long_cell": (replace(4, "1 + 1", lines(21)), "21 lines of code, more than 20"),
+    "long_answer": (replace(6, "# END SOLUTION", f"# END SOLUTION\n{lines(30)}"), "more than 30"),
+    "row": (much_code_in_a_row, "without a word between"),
     "order": (swap(-4, -3), "the last sections are not Limits, Conclusion, References"),
     "licence": (replace(-1, "CC BY 4.0", "free"), "the licences of text and code"),
     "few_exercises": (drop(11, 12), "3 exercises, not 4 to 8"),
@@ -187,6 +188,9 @@ BROKEN = {
     "no_file": (replace(3, "sub/x.png", "sub/y.png"), "there is no such file"),
     "scheme": (replace(3, "sub/x.png", "htp:x.png"), "neither http nor a file"),
     "space": (replace(3, "sub/x.png", "sub/x y.png"), "a space in the address"),
+    # what lint_findings.py adds; test_lint_findings.py has the rest
+    "chart": (output(4, new_output("display_data", PICTURE)), "no finding below this chart"),
+    "bare": (replace(3, "See", "TPT has 41.0 %. See"), "41.0 % is a result without a mark"),
     "unknown_paper": (replace(3, "2103.00020", "2103.00021"), "not in notebooks/references.bib"),
 }
 
