@@ -183,10 +183,25 @@ def _neighbour_agreement(logits: Tensor, selected: Tensor, patches: Patches) -> 
     a class from its prediction, draw the same: a confident crop that nothing around it confirms
     counts little. The study names this as future work.
     """
+    return cross_entropy(logits, _confirmed(logits, selected, patches))
+
+
+def _confirmed(logits: Tensor, selected: Tensor, patches: Patches) -> Tensor:
+    """Mean prediction ``[C]`` of the groups, each as far as its neighbours confirm it."""
     probs = log_mean_prob(_kept(logits, selected, patches)[0].detach()).exp()
     adjacent = neighbours(patches.groups).to(logits)
     support = (adjacent * (probs @ probs.T)).sum(dim=1) / adjacent.sum(dim=1) + EPSILON
-    return cross_entropy(logits, support / support.sum() @ probs)
+    return support / support.sum() @ probs
+
+
+def _located_hard1(logits: Tensor, selected: Tensor, patches: Patches) -> Tensor:
+    """Cross-entropy with the one class that the groups name, as far as neighbours confirm them.
+
+    The study's future work: its best loss, hard1, with the places of the patches. The class is the
+    most probable one of the mean that :func:`_neighbour_agreement` has as its target.
+    """
+    mean = _confirmed(logits, selected, patches)
+    return cross_entropy(logits, one_hot(mean.argmax(dim=-1), mean))
 
 
 def _overlap_affinity(logits: Tensor, selected: Tensor, patches: Patches) -> Tensor:
@@ -211,4 +226,5 @@ def _overlap_affinity(logits: Tensor, selected: Tensor, patches: Patches) -> Ten
 neighbour_agreement = Loss(
     _neighbour_agreement, select_in_groups, needs_patches=True, takes=("rho_patch",)
 )
+located_hard1 = Loss(_located_hard1, select_in_groups, needs_patches=True, takes=("rho_patch",))
 overlap_affinity = Loss(_overlap_affinity, _select_all, needs_patches=True, takes=("overlap",))

@@ -24,6 +24,7 @@ LOSSES: dict[str, Callable[..., Tensor]] = {
     "patch_loss5": patches.patch_loss5,
     "patch_loss6": patches.patch_loss6,
     "neighbour_agreement": patches.neighbour_agreement,
+    "located_hard1": patches.located_hard1,
     "overlap_affinity": patches.overlap_affinity,
     "crossentropy_soft_study": study.crossentropy_soft_study,
     "crossentropy_hard1_study": study.crossentropy_hard1_study,

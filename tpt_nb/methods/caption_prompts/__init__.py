@@ -11,6 +11,7 @@ from tpt_nb.methods.caption_prompts.adapt import (
     mix,
 )
 from tpt_nb.methods.caption_prompts.captioners import ClipCaptioner, ViTGPT2, make_captioner
+from tpt_nb.methods.caption_prompts.teachers import Teacher, from_answers, from_captions, teach
 from tpt_nb.methods.caption_prompts.texts import (
     encode_once,
     known_share,
@@ -30,6 +31,7 @@ from tpt_nb.methods.caption_prompts.words import (
 __all__ = [
     "METHOD", "Options", "caption_prompts", "caption_weight", "mix",
     "ClipCaptioner", "ViTGPT2", "make_captioner",
+    "Teacher", "from_answers", "from_captions", "teach",
     "encode_once", "known_share", "known_words", "quiet_tokens",
     "REPAIRS", "context_of", "find_word", "parse_repairs", "personal_prompts",
     "plain_name", "with_article",
