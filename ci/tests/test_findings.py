@@ -146,3 +146,7 @@ def test_a_kernel_keeps_the_values_in_the_output(shown, monkeypatch):
     [(data, kw)] = stored
     assert data["text/plain"] == "Finding. 64 views" and kw["raw"]
     assert kw["metadata"] == {"tpt_nb": {"values": {"n": 64.0}}}
+
+
+def test_any_name_may_stand_in_a_sentence():
+    assert "here: four" in findings.say("{text} and {x}.", text="here: four", x=1)

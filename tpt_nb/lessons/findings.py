@@ -160,7 +160,7 @@ def _ranks(values: np.ndarray) -> np.ndarray:
     return np.array([(values < v).sum() + ((values == v).sum() - 1) / 2 for v in values])
 
 
-def say(text: str, **values) -> str:
+def say(text: str, /, **values) -> str:
     """A sentence of the caller's own: ``say("{n} change, {share:.1f} %", n=61, share=12.2)``.
 
     Publishes each number under its name (``n``, ``share``).
