@@ -19,8 +19,9 @@ is a folder, and imports only from rooms above its own (all may use ``core``)::
     course    student versions, grading
 
 A notebook sees ``datasets, features, figures, losses, methods, metrics, models, runs, views`` and,
-from ``lessons``, ``check, findings, setup, widgets``. Every registry has two words, ``names()``
-and ``get(name)``. Importing this package loads none of them, sets no seed and touches no network.
+from ``lessons``, ``check, findings, setup, tables, widgets``. Every registry has two words,
+``names()`` and ``get(name)``. Importing this package loads none of them, sets no seed and touches
+no network.
 """
 
 __version__ = "0.2.0"
