@@ -46,7 +46,7 @@ class Case:
     says: str
     values: dict = field(default_factory=dict)
     name: str = ""
-    before: tuple[str, ...] = ()  # a command of tpt_nb that the reader gives first
+    before: tuple[tuple[str, ...], ...] = ()  # commands of tpt_nb that the reader gives first
 
     @property
     def title(self) -> str:
@@ -57,6 +57,7 @@ FULL, COOP = "profile full (", "the prompt starts from CoOp"
 PICTURES = {"generator": "{given}/pipeline:steps=1,side=32", "n_generated": 4}
 GENERATE = ("generate", "--dataset", "imagenet-a", "--reduced_size", "3", "--device", "cpu")
 GENERATE += ("--generator", PICTURES["generator"], "--n_generated", "4")
+MAKE = (("download", "imagenet-a"), GENERATE)
 KNOWLEDGE = {"descriptions": "{given}/CuPL_descriptions.json"}
 KNOWLEDGE["image_database"] = (
     "{given}/db_embedding/LAION2B_imagenet_adversarial_aux_RN50/embeddings.pkl"
@@ -70,7 +71,7 @@ CASES = [
     Case("04", COOP, {"reduced_size": 1, "n_curve": 2, "n_variant": 1, "n_crops": 9}),
     Case("05", COOP, {"reduced_size": 3, "n_signs": 2, "n_aug": 7, "n_patches": 4, "n_copies": 1}),
     Case("06", "for full this notebook needs 63 pictures", {"n": 4, "n_aug": 7}, "auto"),
-    Case("06", FULL, {**PICTURES, "n": 3, "n_aug": 7}, "pictures made before", GENERATE),
+    Case("06", FULL, {**PICTURES, "n": 3, "n_aug": 7}, "pictures made before", MAKE),
     Case("07", "Going on with mini", {"n": 6}, "auto, no hub"),
     Case("07", FULL, {"n": 3, "captioner": "clip"}, "captioner clip"),
     Case("08", "for full this notebook needs the parameters descriptions", {"n": 6}, "auto"),
@@ -129,7 +130,7 @@ def environment(room: Path, mirror: str) -> dict[str, str]:
     env |= {"HOME": str(room / "home"), "COLAB_RELEASE_TAG": "rehearsal", "HF_HUB_OFFLINE": "1"}
     env |= {"TPT_NB_MIRROR": mirror, "TPT_NB_PRETEND_GPU": "1", "TPT_NB_HEADLESS": "1"}
     env |= {"TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1", "NO_PROXY": "127.0.0.1"}
-    return env | {"PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1"} | repository(room)
+    return env | {"PYTHONHASHSEED": "0"} | repository(room)
 
 
 # --- one notebook --------------------------------------------------------------------------------
@@ -189,11 +190,10 @@ def rehearse(case: Case, room: Path, python: Path, env: dict, given: Path, kill:
     command += ["--no-progress-bar", "--autosave-cell-every", "0"]
     problem, before = "", {}
     try:
-        if case.before:
-            words = [word.format(given=given) for word in case.before]
+        for words in case.before:
             there = {**env, "PYTHONPATH": str(room / "repository"), "TPT_NB_DOWNLOAD": "1"}
-            made = [str(python), "-m", "tpt_nb", *words]
-            subprocess.run(made, cwd=folder, env=there, check=True, capture_output=True, text=True)
+            first = [str(python), "-m", "tpt_nb", *(word.format(given=given) for word in words)]
+            subprocess.run(first, cwd=folder, env=there, check=True, capture_output=True, text=True)
         if kill:
             papermill(command, env, out, 0.5)
             before = records(folder)

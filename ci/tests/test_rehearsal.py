@@ -124,4 +124,4 @@ def test_the_rehearsal_passes(tmp_path, capsys):
     assert sum(case["records_kept"] for case in report["cases"]) > 0
     served = {"RN50.pt", "imagenet-a.tar", "coop-weights.zip"}
     assert served <= set(report["downloaded"])
-    assert rehearse_world.LAYERS["RN50"] == ((3, 4, 6, 3), 12)
+    assert rehearse_world.LAYERS["whole"] == ((3, 4, 6, 3), 12)
