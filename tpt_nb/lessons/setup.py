@@ -8,9 +8,11 @@ import dataclasses
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -19,7 +21,7 @@ from typing import Any
 from tpt_nb import figures
 from tpt_nb.core import machine
 from tpt_nb.core.paths import DATA, REPO
-from tpt_nb.lessons import check
+from tpt_nb.lessons import check, parameters
 
 __all__ = ["DATA", "REPO", "World", "install", "missing", "packages", "prepare", "start"]
 __all__ += ["use_drive"]
@@ -35,7 +37,8 @@ KEEP += ("tornado", "pyzmq", "notebook", "nbclient", "nbformat", "nbconvert")
 def start(drive: bool = False) -> None:
     """Install what is missing, set the style of figures; say versions, device and profile.
 
-    On Colab and Kaggle profile "auto" may download what full needs, if there is a GPU.
+    On Colab and Kaggle profile "auto" may download what full needs, if there is a GPU. From here on
+    parameters that papermill gives are checked (:mod:`tpt_nb.lessons.parameters`).
 
     Args:
         drive: on Colab, keep archives, features and results on Google Drive, so that they outlive
@@ -43,6 +46,7 @@ def start(drive: bool = False) -> None:
     Raises:
         RuntimeError: something is missing and pip cannot install it.
     """
+    parameters.watch()
     hosted = {"COLAB_RELEASE_TAG", "KAGGLE_KERNEL_RUN_TYPE"} & os.environ.keys()
     if hosted or not _version("tpt_nb"):  # an environment of the reader's own is left as it is
         install()
@@ -74,12 +78,12 @@ def start(drive: bool = False) -> None:
     print(_profile())
 
 
-def install() -> None:
-    """Install what is missing of Colab's list, without touching torch, numpy and Jupyter.
+def install(also: Sequence[str] = ()) -> None:
+    """Install what is missing of Colab's list and of ``also``, but not torch, numpy and Jupyter.
 
     Their replacement would break the running kernel. Raises ``RuntimeError`` with pip's last words.
     """
-    if wanted := missing():
+    if wanted := missing() + [name for name in also if not _version(name)]:
         _pip(wanted)
 
 
@@ -155,7 +159,8 @@ def use_drive(folder: Path = DRIVE) -> bool:
     """Archives of data sets, cached features and ``out`` on Google Drive; whether that worked.
 
     One archive per data set is kept there and unpacked on the machine (Drive is slow with many
-    small files). Results are appended image by image: a run whose machine was taken away goes on.
+    small files). Records are written group by group, in a file that is closed after each: a run
+    whose machine was taken away goes on. What lies in ``out`` already is copied to Drive.
     """
     if not folder.is_dir():
         if "google.colab" not in sys.modules or os.environ.get("TPT_NB_HEADLESS"):
@@ -163,18 +168,52 @@ def use_drive(folder: Path = DRIVE) -> bool:
             return False
         from google.colab import drive
 
-        drive.mount(str(folder.parent))
+        try:
+            drive.mount(str(folder.parent))
+        except Exception as error:  # google.colab raises plain ones: refused, timed out, in use
+            print(f"Google Drive was not mounted ({error}). Nothing is kept there; going on.")
+            print("To allow it, run this cell again, and say yes in the window that opens.")
+            return False
     home = folder / "tpt_nb"
-    for name in ("archives", "cache", "out"):
-        (home / name).mkdir(parents=True, exist_ok=True)
+    try:
+        for name in ("archives", "cache", "out"):
+            (home / name).mkdir(parents=True, exist_ok=True)
+        kept = _link(REPO / "out", home / "out")
+    except OSError as error:
+        print(f"Google Drive cannot be written ({error}). Nothing is kept there; going on.")
+        return False
     os.environ.setdefault("TPT_NB_ARCHIVES", str(home / "archives"))
     os.environ.setdefault("TPT_NB_CACHE", str(home / "cache"))
     # unpacked images stay on the machine, whatever the cache is
     os.environ.setdefault("TPT_NB_DATASETS", str(Path.home() / "datasets"))
-    if not (REPO / "out").exists():
-        (REPO / "out").symlink_to(home / "out", target_is_directory=True)
-    print("Archives, features and results are kept in the folder tpt_nb of your Drive.")
+    print(f"Archives, features and results are kept in {home}, the folder tpt_nb of your Drive.")
+    if kept:
+        print(f"What was in out is there too; the old folder is {kept}.")
     return True
+
+
+def _link(out: Path, home: Path) -> Path | None:
+    """Make ``out`` a link to ``home``; a folder that was there is copied into it and renamed.
+
+    A file that ``home`` has too stays as it is there if it is longer: records only grow.
+    """
+    if out.is_symlink():
+        if out.resolve() == home.resolve():
+            return None
+        out.unlink()
+    kept = None
+    if out.exists():
+        for path in sorted(path for path in out.rglob("*") if path.is_file()):
+            target = home / path.relative_to(out)
+            if "cache" in path.relative_to(out).parts[:1]:
+                continue  # features are made again, or lie in the cache of Drive
+            if not target.exists() or target.stat().st_size < path.stat().st_size:
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(path, target)
+        kept = out.with_name(f"out-before-drive-{time.strftime('%Y%m%d-%H%M%S')}")
+        out.rename(kept)
+    out.symlink_to(home, target_is_directory=True)
+    return kept
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,12 +267,17 @@ def prepare(
     try:
         world = _world(n, also, values, wanted, mini)
     except (ValueError, OSError, RuntimeError) as error:
-        if set(asked.values()) == {"auto"}:
+        guess, other = set(asked.values()) == {"auto"}, []
+        if guess:
             asked["profile"], _ = runs.choose_profile(runs.RunConfig(coop=coop), **wanted)
-        if asked["profile"] != "full":
+            other = [k for k, v in (mini or {}).items() if values.get(k) not in (v, "auto", None)]
+        if asked["profile"] == "full":
+            print(f"PROFILE full IS NOT POSSIBLE HERE: {error}")
+            print("Going on with mini; nothing is ImageNet-A.")
+        elif other:
+            print(f"profile mini cannot take {', '.join(other)}: {error}\nGoing on without.")
+        else:
             raise
-        print(f"PROFILE full IS NOT POSSIBLE HERE: {error}")
-        print("Going on with mini; nothing is ImageNet-A.")
         values |= {"profile": "mini", "dataset": "auto", "model": "auto", "root": ""}
         values |= {"coop": coop and "auto"} | (mini or {})
         world = _world(n, also, values, {}, None, "full is not possible here")
