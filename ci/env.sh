@@ -65,6 +65,24 @@ small_torch() {
     .venv/bin/python -m pip uninstall -qq -y torch torchvision
 }
 
+# An environment of the lowest versions that the lists allow of what they name (what that brings with
+# it is the newest): $PYTHON is then its interpreter. Needs uv, which tells how low that is.
+lowest_versions() {
+  local lists="requirements.txt ci/requirements-test.txt" want stamp=.venv/lowest/installed
+  want="$(.venv/bin/python -V) $(cat $lists | cksum)"
+  if [ "$(cat $stamp 2>/dev/null)" != "$want" ]; then
+    [ -n "${UV:-}" ] || install pip # finds uv, or gets it
+    [ "$UV" != none ] || { echo "--lowest needs uv: pip install uv" >&2; exit 1; }
+    echo "Installing the lowest versions into .venv/lowest: once, some minutes ..."
+    .venv/bin/python -m venv --clear .venv/lowest
+    "$UV" pip install -q --python .venv/lowest/bin/python --resolution lowest-direct \
+      $(printf -- '-r %s ' $lists)
+    "$UV" pip install -q --python .venv/lowest/bin/python --no-deps -e .
+    echo "$want" >$stamp
+  fi
+  PYTHON=$PWD/.venv/lowest/bin/python
+}
+
 # limit SECONDS COMMAND...: end a command that hangs (exit code 124), where the system can
 limit() {
   if command -v timeout >/dev/null; then timeout -k 30 "$@"; else shift && "$@"; fi
