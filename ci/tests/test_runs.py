@@ -26,6 +26,7 @@ from tpt_nb import methods as registry
 from tpt_nb.core import machine, messages
 from tpt_nb.runs import RunConfig, engine, profile, run
 from tpt_nb.runs import config as config_module
+from tpt_nb.runs import records as records_module
 
 REPO = Path(__file__).resolve().parents[2]
 CLASSES = ["circle", "cross", "disc", "square", "star", "stripe"]
@@ -129,7 +130,7 @@ def child(config: RunConfig, kill: tuple | None) -> None:
     elif what == "adapt":
         engine.to_records = after(engine.to_records)
     elif what == "bytes":
-        engine.open = Torn
+        records_module.open = Torn
     elif what == "json":
         engine.write_json = after(engine.write_json)
     run(config, progress=False)
@@ -355,6 +356,39 @@ def test_tensorboard_events_come_from_the_records(config):
     assert last["crossEntropy/Final_Base"] / s["n"] == pytest.approx(s["cross_entropy_before"])
     confidence = [e.value for e in events.Scalars("confidence/TPT_coop")]
     assert confidence == pytest.approx([r["conf_after"] for r in done.records])
+    curves = runs.read_scalars(done.dir)
+    assert curves["confidence/TPT_coop"][1] == pytest.approx(confidence)
+    changed = {"Improved": [], "Worsened": []}
+    for r in done.records:
+        before, after = (r[f"pred_{when}"] == r["target"] for when in ("before", "after"))
+        if before != after:
+            changed["Improved" if after else "Worsened"].append(r["id"])
+    for name, ids in changed.items():
+        texts = [t for t in events.Tags()["tensors"] if t.startswith(f"Samples-Ids/{name}")]
+        said = [events.Tensors(t)[0].tensor_proto.string_val[0].decode() for t in texts]
+        stored = [i for some in json.loads(said[0]).values() for i in some]
+        assert sorted(stored) == sorted(ids)
+        pictures = events.Images(f"Images/{name}") if ids else []
+        assert len(pictures) == min(len(ids), 12)
+        assert [done.records[p.step]["id"] for p in pictures] == ids[:12]
+    assert any(changed.values())  # else nothing was looked at
+    for tags in (events.Tags()["scalars"], events.Tags()["tensors"], events.Tags()["images"]):
+        assert all(runs.meaning(tag) for tag in tags)  # the glossary knows them all
+    with pytest.raises(ValueError, match="has no events"):
+        runs.read_scalars(done.dir.parent)
+
+
+def test_the_bar_says_how_many_are_right_so_far(config, monkeypatch):
+    said, real = [], engine.bar
+
+    def watched(*args):
+        shown = real(*args)
+        shown.set_postfix_str = lambda text, refresh: said.append(text)
+        return shown
+
+    monkeypatch.setattr(engine, "bar", watched)
+    done = one_run(config)
+    assert said[-1] == f"{100 * done.summary['accuracy_after']:.1f} % right"
 
 
 # --- names and identity --------------------------------------------------------------------------

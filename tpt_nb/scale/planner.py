@@ -1,7 +1,8 @@
 """What a large run will take, before it is started: ``python -m tpt_nb plan``.
 
-Passes of the image encoder and bytes of the cache are counted; hours are arithmetic on seconds per
-image (:func:`hours`), nothing is simulated. The seconds are those of ``ci/bench/tpt.py``:
+Passes of the image encoder and bytes, on disk and in memory, are counted; hours are arithmetic on
+seconds per image (:func:`hours`), nothing is simulated. The seconds are those of
+``ci/bench/tpt.py``:
 ``data/costs.json`` has what was measured, ``--costs`` names a file of your machine. What nobody
 measured is derived from counted operations at an assumed rate, and the plan says which.
 """
@@ -16,6 +17,7 @@ from tpt_nb.core.messages import unknown
 from tpt_nb.core.paths import DATA, cache_dir
 from tpt_nb.methods import get
 from tpt_nb.models import OPENAI_MODELS
+from tpt_nb.runs import memory_of
 from tpt_nb.scale.cluster import part_size
 
 GPU_FLOPS = 0.4 * 19.5e12  # of such peaks ResNets see a part; --images-per-second overrides it
@@ -174,6 +176,7 @@ def plan(
         row = {"workers": count, "encode_hours": first, "adapt_hours": second}
         row |= {"hours": first + second, "worker_hours": count * (first + second)}
         rows.append(row | {"cost": None if device == "cpu" else price * row["worker_hours"]})
+    memory = {name: memory_of(get(name), n, used[name], width(model), c) for name in methods}
     need = seeds * n * sum(v * width(model) * 4 + 46 for v in encode)  # 46: id, target, seconds
     place = Path(cache or cache_dir()).absolute()
     there = next(p for p in (place, *place.parents) if p.exists())
@@ -193,6 +196,7 @@ def plan(
         "dataset": dataset, "model": model, "images": n, "classes": c, "views": views,
         "methods": list(methods), "seeds": seeds, "device": device, "price": price,
         "failures": failures, "passes": seeds * n * sum(encode), "bytes": need, "free_bytes": free,
+        "memory": memory,
         "seconds_per_image": {"encode": max(encode.values()), **adapt}, "rows": rows,
         "sources": list(dict.fromkeys(sources)), "warnings": warnings,
     }  # fmt: skip
@@ -202,6 +206,11 @@ def plan_text(found: dict) -> str:
     """A plan for people."""
     from pandas import DataFrame
 
+    memory = "; ".join(
+        f"{name} {size / 1e9:,.2f} GB"
+        + ("" if get(name).kind == "episodic" else " (all images at once)")
+        for name, size in found["memory"].items()
+    )
     names = ["processes" if found["device"] == "cpu" else "GPUs", "stage 1", "stage 2"]
     table = DataFrame(found["rows"]).dropna(axis=1)
     table.columns = [*names, "hours", "worker-h", "cost"][: len(table.columns)]
@@ -210,7 +219,8 @@ def plan_text(found: dict) -> str:
         "seed(s): ".format(**found)
         + ", ".join(found["methods"]),
         f"  passes of the image encoder  {found['passes']:,}",
-        f"  bytes of cached features     {found['bytes'] / 1e9:,.2f} GB\n",
+        f"  bytes of cached features     {found['bytes'] / 1e9:,.2f} GB",
+        f"  memory for features, logits  {memory}: beside the model, on each worker\n",
         table.to_string(index=False, col_space=10, float_format="{:,.2f}".format) + "\n",
         f"  hours: arithmetic, no simulation. Work / workers, plus what nobody shares of the last "
         f"task, plus {START:.0f} s to start; {100 * found['failures']:g} % of the tasks done again",
