@@ -57,6 +57,11 @@ class Download:
 
 
 @dataclasses.dataclass
+class Generate:
+    part: str = setting("", "3/8 makes the third of eight parts; give all GPUs the same cache")
+
+
+@dataclasses.dataclass
 class Plan(Output):
     dataset: str = setting("imagenet", "by name; it need not be here")
     model: str = setting("RN50", "one that data/costs.json or costs has")
@@ -226,9 +231,28 @@ def generate(argv: Sequence[str]) -> int:
     from tpt_nb.methods.difftpt import GENERATE, NAME, make_pictures
 
     fields = {name: field for name, field in run_fields().items() if name in GENERATE}
+    fields |= fields_of(Generate, Cluster)
     values = parse("generate", generate.__doc__, fields, argv) | {"method": NAME}
+    part = values.pop("part", "")
+    address, workers = values.pop("cluster", ""), values.pop("cluster_workers", None)
     config, _ = runs.resolve(runs.RunConfig.from_dict(values))
-    print(make_pictures(runs.options_of(config), config))
+    options = runs.options_of(config)
+    if not address:
+        print(make_pictures(options, config, part))
+        return 0
+    if part:
+        raise ValueError("--part and --cluster exclude each other: a cluster makes all parts.")
+    from tpt_nb import scale
+
+    config.cache = str(Path(config.cache).absolute())
+    parts = 4 * (workers or 8)
+    shares = [(options, config, f"{k + 1}/{parts}") for k in range(parts)]
+    failed = []
+    for i, said in scale.spread(make_pictures, shares, address, workers):
+        print(f"part {shares[i][2]}: {said}", flush=True)
+        failed += [said] if isinstance(said, Exception) else []
+    if failed:
+        raise ValueError(f"{len(failed)} of {len(shares)} parts failed: the same command goes on.")
     return 0
 
 

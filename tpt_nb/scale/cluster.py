@@ -268,6 +268,20 @@ def tasks(
             yield i, RuntimeError(f"{type(error).__name__}: {first_line(error)}")
 
 
+def spread(
+    function: Callable, arguments: Sequence[tuple], address: str, workers: int | None = None
+) -> Iterator[tuple[int, object]]:
+    """Calls of a function of a module, spread over a cluster: (position, result or exception).
+
+    A GPU each if the cluster has some. What they leave must be on a disk that all machines share.
+    Raises what :func:`connect` raises.
+    """
+    with connect(address, workers) as ray:
+        yield from tasks(
+            ray, bool(ray.cluster_resources().get("GPU")), workers, function, arguments
+        )
+
+
 def _jobs(ray, configs: Sequence[runs.RunConfig], local: bool, stack) -> list[dict]:
     """The jobs of some configurations, and marks in their local folders until the stack closes."""
     device = "cuda" if ray.cluster_resources().get("GPU") else "cpu"

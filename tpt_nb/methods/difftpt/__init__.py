@@ -16,6 +16,7 @@ from tpt_nb.methods.difftpt.adapt import (
     make_pictures,
     pictures_for,
 )
+from tpt_nb.methods.difftpt.folder import PictureFolder
 from tpt_nb.methods.difftpt.network import (
     SIDE,
     MiniGenerator,
@@ -29,6 +30,7 @@ from tpt_nb.methods.difftpt.network import (
 from tpt_nb.methods.difftpt.pictures import (
     file_name,
     generate,
+    part_of,
     picture_seed,
     pictures_of,
     variations,
@@ -37,7 +39,8 @@ from tpt_nb.methods.difftpt.pipeline import PAPER, PipelineGenerator, load_gener
 
 __all__ = [
     "GENERATE", "METHOD", "NAME", "PAPER", "SIDE", "VOTE", "MiniGenerator", "Network",
-    "PipelineGenerator", "Row", "as_bytes", "as_row", "build_schedule", "denoise", "file_name",
-    "filter_views", "generate", "generated_features", "load_generator", "make_pictures",
-    "picture_seed", "pictures_for", "pictures_of", "require_diffusers", "start_noise", "variations",
+    "PictureFolder", "PipelineGenerator", "Row", "as_bytes", "as_row", "build_schedule", "denoise",
+    "file_name", "filter_views", "generate", "generated_features", "load_generator",
+    "make_pictures", "part_of", "picture_seed", "pictures_for", "pictures_of", "require_diffusers",
+    "start_noise", "variations",
 ]  # fmt: skip

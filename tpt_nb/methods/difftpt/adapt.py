@@ -24,8 +24,9 @@ from torch import Tensor
 from tpt_nb import datasets
 from tpt_nb.core.paths import cache_dir
 from tpt_nb.methods import tpt, tuning, votes
+from tpt_nb.methods.difftpt.folder import PictureFolder
 from tpt_nb.methods.difftpt.network import MiniGenerator, whole_view
-from tpt_nb.methods.difftpt.pictures import Pictures, generate, pictures_of
+from tpt_nb.methods.difftpt.pictures import Pictures, generate, part_of, pictures_of
 from tpt_nb.methods.difftpt.pipeline import load_generator
 from tpt_nb.methods.method import (
     Adapted,
@@ -54,7 +55,9 @@ class ViewOptions:
     """Where the generated views come from."""
 
     generator: str = option(
-        "mini", "mini, a diffusers pipeline (id@revision, folder), or crops (the control)"
+        "mini",
+        "mini, a diffusers pipeline (id@revision, folder), a folder of pictures "
+        "<class>/<name>_<i>.jpg, or crops (the control)",
     )
     n_generated: int | None = at_least(
         1, None, "generated views of an image; default: 16 by mini, 63 by a pipeline"
@@ -113,7 +116,7 @@ def as_row(pictures: Tensor) -> Image.Image:
     return Image.fromarray(torch.cat(list(pictures), 2).permute(1, 2, 0).numpy())
 
 
-def generated_features(dataset, clip, pictures: Pictures, n: int, cache=None):
+def generated_features(dataset, clip, pictures: Pictures | PictureFolder, n: int, cache=None):
     """Features ``[N,n,D]`` of the first ``n`` variations of each image, as ``encode`` has them.
 
     Kept in the feature cache like those of any views; ``ValueError`` if pictures are missing.
@@ -132,30 +135,35 @@ def generated_features(dataset, clip, pictures: Pictures, n: int, cache=None):
     return encode(rows, clip, Row(n, clip.image_size), cache=cache, workers=0)
 
 
-def pictures_for(options: ViewOptions, config, dataset) -> Pictures:
+def pictures_for(options: ViewOptions, config, dataset) -> Pictures | PictureFolder:
     """The stored pictures of a (filled-in) run; ``ValueError`` says how to make missing ones."""
     values = vars(config) | vars(options) | {"device": ""}
     values |= {"cache": ""} if Path(config.cache) == cache_dir() else {}
     command = "".join(f" --{name} {values[name]}" for name in GENERATE if values[name])
     generator = load_generator(options.generator, config.device)
-    pictures = pictures_of(dataset, generator, options.generator_seed, config.cache)
+    if isinstance(generator, PictureFolder):
+        pictures = generator
+    else:
+        pictures = pictures_of(dataset, generator, options.generator_seed, config.cache)
     pictures.check(dataset.ids, options.n_generated, f"python -m tpt_nb generate{command}")
     return pictures
 
 
-def make_pictures(options: ViewOptions, config) -> str:
-    """Make the pictures of a (filled-in) run; returns what was made, in words."""
+def make_pictures(options: ViewOptions, config, part: str = "") -> str:
+    """Make the pictures of a (filled-in) run, or a part of them; returns what was made, in words.
+
+    ``part``: see :func:`generate`.
+    """
     if options.generator == "crops":
         raise ValueError("generator crops is made of views of the run: there is nothing to make.")
     n, root = options.n_generated, config.root or None
     dataset = datasets.load(config.dataset, config.reduced_size, config.subset_seed, root)
     generator = load_generator(options.generator, config.device)
-    made = generate(dataset, generator, n, options.generator_seed, config.cache)
-    seconds = sum(made.seconds(image_id, n) for image_id in dataset.ids) / len(dataset)
-    return (
-        f"{n} variations of each of {len(dataset)} images, {seconds:.2f} s per image "
-        f"-> {made.folder}"
-    )
+    made = generate(dataset, generator, n, options.generator_seed, config.cache, part)
+    mine = part_of(dataset.ids, part)
+    seconds = sum(made.seconds(image_id, n) for image_id in mine) / max(1, len(mine))
+    of = f"{len(mine)} of {len(dataset)}" if part else f"{len(dataset)}"
+    return f"{n} variations of each of {of} images, {seconds:.2f} s per image -> {made.folder}"
 
 
 def _further_crops(setting: Setting, n: int):

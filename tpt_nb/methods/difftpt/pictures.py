@@ -131,27 +131,31 @@ def pictures_of(dataset, generator, seed: int = 0, cache: Path | str | None = No
 
 
 def generate(
-    dataset, generator, n: int, seed: int = 0, cache: Path | str | None = None
+    dataset, generator, n: int, seed: int = 0, cache: Path | str | None = None, part: str = ""
 ) -> Pictures:
     """Make ``n`` variations of every image of a data set, those that are not there yet.
+
+    ``part`` "3/8" makes the third of eight parts only: as many processes, GPUs or machines with one
+    cache between them make all.
 
     A picture depends on (image, generator, seed, its number) alone. Each image's file is written
     whole or not at all, so a killed call is simply repeated.
 
     Raises:
-        ValueError: ``n`` < 1, or what the generator raises.
+        ValueError: ``n`` < 1, no such part, or what the generator raises.
     """
     if n < 1:
         raise ValueError(f"n is {n}; at least one variation per image.")
     pictures = pictures_of(dataset, generator, seed, cache)
-    missing = set(pictures.missing(dataset.ids, n))
+    mine = part_of(dataset.ids, part)
+    missing = set(pictures.missing(mine, n))
     if not missing:
         return pictures
     pictures.folder.mkdir(parents=True, exist_ok=True)
     made = {p: metadata.version(p) for p in ("diffusers", "transformers") if util.find_spec(p)}
     made = versions() | made | {"device": device_name(str(generator.device))}
     write_json(pictures.folder / "manifest.json", {"key": pictures.key, "made_with": made})
-    text, total = f"generate {pictures.key['generator']['generator']}", len(dataset.ids)
+    text, total = f"generate {pictures.key['generator']['generator']} {part}".strip(), len(mine)
     with bar(total, total - len(missing), text, unit="image") as shown:
         for i, image_id in enumerate(dataset.ids):
             if image_id in missing:
@@ -163,6 +167,20 @@ def generate(
                 write_whole(pictures.folder / file_name(image_id), pack(whole, seconds))
                 shown.update()
     return pictures
+
+
+def part_of(ids: Sequence[str], part: str) -> list[str]:
+    """The ids of a part, "3/8" being the third of eight: 3, 11, 19 ... of them; "" is all.
+
+    ``ValueError`` for anything else, and for parts that there are not.
+    """
+    if not part:
+        return list(ids)
+    match = re.fullmatch(r"(\d+)/(\d+)", part)
+    k, of = (int(match[1]), int(match[2])) if match else (0, 0)
+    if not 1 <= k <= of:
+        raise ValueError(f"part is {part!r}; 3/8 is the third of eight, 1/1 is all.")
+    return list(ids)[k - 1 :: of]
 
 
 def pack(pictures: Tensor, seconds: float) -> bytes:

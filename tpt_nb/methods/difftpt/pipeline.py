@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from tpt_nb.core.images import as_rgb
+from tpt_nb.methods.difftpt.folder import PictureFolder, is_folder_of_pictures
 from tpt_nb.methods.difftpt.network import (
     MiniGenerator,
     check_sampling,
@@ -125,8 +126,10 @@ def _clip_input(image: Image.Image, pipeline) -> Tensor:
     return x.to(pipeline.device, pipeline.dtype)
 
 
-def load_generator(name: str = "mini", device: str = "cpu") -> MiniGenerator | PipelineGenerator:
-    """A generator by name: ``mini``, or a pipeline; options behind a colon.
+def load_generator(
+    name: str = "mini", device: str = "cpu"
+) -> MiniGenerator | PipelineGenerator | PictureFolder:
+    """A generator by name: ``mini``, a pipeline, or a folder of pictures; options behind a colon.
 
     For example "mini:steps=4,guidance=1", or the paper's with fewer steps: ``PAPER + ":steps=25"``.
     Raises ``ValueError`` for options that it does not have.
@@ -148,4 +151,6 @@ def load_generator(name: str = "mini", device: str = "cpu") -> MiniGenerator | P
             raise ValueError(f"generator {name!r}: {key} is {text!r}, not a number.") from None
     if name == "mini":
         return MiniGenerator(**values, device=device)
+    if is_folder_of_pictures(name):
+        return PictureFolder(name, **{k: v for k, v in values.items() if k == "side"})
     return PipelineGenerator(name, **values, device=device)
