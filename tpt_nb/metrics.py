@@ -144,16 +144,24 @@ def changes(records: Records) -> dict[str, int]:
 
 
 def per_class(records: Records, classnames: list[str] | None = None) -> "pd.DataFrame":
-    """Per class that has images n, accuracy_before and _after, improved, worsened; index target."""
+    """Per class that has images n, accuracy_before and _after, improved, worsened; index target.
+
+    With top5_before and _after where the records have them.
+    """
     table = frame(records)
     before, after = correct(table, "before"), correct(table, "after")
     flags = {"n": 1, "accuracy_before": before, "accuracy_after": after}
+    shares = [f"accuracy_{when}" for when in WHEN]
+    for name in (f"top5_{when}" for when in WHEN):
+        if name in table:
+            flags[name] = table[name].to_numpy(bool)
+            shares.append(name)
     flags |= {"improved": ~before & after, "worsened": before & ~after}
     import pandas as pd
 
     rows = pd.DataFrame(flags).groupby(table["target"].to_numpy()).sum().astype(int)
-    for when in WHEN:
-        rows[f"accuracy_{when}"] = rows[f"accuracy_{when}"] / rows["n"]
+    for name in shares:
+        rows[name] = rows[name] / rows["n"]
     rows.index.name = "target"
     if classnames is not None:
         rows.insert(0, "class", [classnames[i] for i in rows.index])

@@ -69,6 +69,8 @@ def test_changes_add_up_globally_and_per_class():
         assert row["class"] == f"class {target}"
         assert row["accuracy_after"] == metrics.accuracy(mine)
         assert row["improved"] == metrics.changes(mine)["improved"]
+        if "top5_after" in rows[0]:
+            assert row["top5_after"] == metrics.top5(mine)
 
 
 @pytest.mark.parametrize("n", [1, 5, 37, 500])

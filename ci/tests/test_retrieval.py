@@ -484,14 +484,6 @@ def test_nothing_in_a_file_is_run(tmp_path, monkeypatch):
         ra_tta.read_database(tmp_path)
 
 
-def test_test_embeddings_of_the_authors(tmp_path):
-    rows = [(unit(1, 8, seed=i).half(), unit(5, 8, seed=i + 9).half(), i % 3) for i in range(4)]
-    torch.save(rows, tmp_path / "0.pth")
-    features, targets = ra_tta.read_test_embeddings(tmp_path / "0.pth")
-    assert features.shape == (4, 6, 8) and targets.tolist() == [0, 1, 2, 0]
-    assert torch.allclose(features[2, 0], rows[2][0][0].float(), atol=1e-3)
-
-
 # --- as a method of runs -------------------------------------------------------------------------
 
 

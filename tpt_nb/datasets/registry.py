@@ -151,6 +151,12 @@ def load(
     return whole if len(chosen) == len(whole) else subset(whole, chosen)
 
 
+def file_name(name: str) -> str:
+    """How the files of RA-TTA's authors spell a data set: ``imagenet_adversarial``."""
+    known = {"imagenet": "imagenet_1k", "imagenet-a": "imagenet_adversarial"}
+    return (known | {"imagenet-r": "imagenet_rendition"}).get(name, name.replace("-", "_"))
+
+
 def template(name: str) -> str:
     """The sentence that CoOp (RA-TTA, where CoOp has none) uses for a data set."""
     base = name.split("/")[0]

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 from tpt_nb.core.download import Source, fetch
+from tpt_nb.core.drive_folder import fetch_folder
 from tpt_nb.core.paths import datasets_dir
 from tpt_nb.core.unpack import ARCHIVES, is_unpacked, unpack
 
@@ -116,6 +117,10 @@ SOURCES: dict[str, tuple[Source, ...]] = {
 }
 # fmt: on
 
+FOLDERS = {  # on Google Drive; the embedded images of LAION-2B that RA-TTA's authors searched
+    "ra-tta-databases": "1EF8VgitV8xFatQAxNwpf1RTb2PhPQMah",
+}
+
 BY_HAND = {
     "imagenet": "Register at image-net.org, download ILSVRC2012_img_val.tar and the devkit of task "
     "1 and 2, and sort the images with torchvision.datasets.ImageNet(root, split='val').",
@@ -155,8 +160,10 @@ def download(name: str, root: str | Path | None = None, progress: bool = True) -
         ValueError: it cannot be downloaded (the message says how to get it), or is damaged.
         OSError: see :func:`tpt_nb.core.download.fetch`.
     """
+    if name in FOLDERS:
+        return fetch_folder(FOLDERS[name], root or datasets_dir() / name, progress)
     if name not in SOURCES:
-        what = BY_HAND.get(name, f"known: {', '.join(SOURCES)}.")
+        what = BY_HAND.get(name, f"known: {', '.join([*SOURCES, *FOLDERS])}.")
         raise ValueError(f"{name} cannot be downloaded. {what}")
     folder = Path(root) if root else datasets_dir() / name
     keep = os.environ.get("TPT_NB_ARCHIVES")

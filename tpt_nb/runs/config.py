@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tpt_nb import methods, views
+from tpt_nb import datasets, methods, views
 from tpt_nb.core.files import sha256
 from tpt_nb.core.messages import unknown
 from tpt_nb.core.paths import DATA
@@ -54,6 +54,10 @@ class RunConfig:
 
     dataset: str = option("auto", "data set: iconshift-a, ..., or folder (with root)")
     root: str = option("", "folder of the images, for data sets that are not embedded")
+    classnames: str = option("", "other class names: study, or a file (known<tab>new, or a list)")
+    embeddings: str = option(
+        "", "features of others in place of pictures: test_embedding of RA-TTA"
+    )
     model: str = option("auto", "mini, an OpenAI CLIP (RN50 ...), model@tag of open_clip, a file")
     profile: str = option(
         "auto",
@@ -272,7 +276,12 @@ def identity(resolved: RunConfig) -> dict:
     for name in NOT_IDENTITY:
         del values[name]
     values["device"] = resolved.device.split(":")[0]
-    files = {"coop": resolved.coop, "model": resolved.model}
+    files = {"coop": resolved.coop, "model": resolved.model, "embeddings": resolved.embeddings}
+    if resolved.classnames:
+        files["classnames"] = str(datasets.wording_file(resolved.classnames))
+    for name in ("classnames", "embeddings"):  # a run without them is what it was before
+        if not values[name]:
+            del values[name]
     if resolved.model == "mini":
         files["model"] = str(DATA / "miniclip" / "miniclip.safetensors")
     for name, path in files.items():

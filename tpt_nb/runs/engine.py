@@ -32,7 +32,7 @@ from tpt_nb.runs.config import (
     options_of,
     short_hash,
 )
-from tpt_nb.runs.profile import resolve
+from tpt_nb.runs.profile import data_of, resolve
 from tpt_nb.runs.records import (
     Run,
     append,
@@ -135,7 +135,7 @@ def run(config: RunConfig | Mapping, session: Session | None = None, progress: b
                 return _compute(opened, setting, prepared, progress)
     print(f"{done.dir} is complete: {len(done.records)} records loaded, nothing computed")
     if opened.config.tensorboard and not list(done.dir.glob("events.out.tfevents.*")):
-        write_tensorboard(done, opened.dataset.classnames)
+        write_tensorboard(done, opened.dataset.classnames, opened.dataset)
     return _report(done, opened)
 
 
@@ -148,6 +148,7 @@ class _Opened:
     folder: Path
     header: dict
     began: float
+    given: features.Features | None = None  # extracted by others
 
 
 def _open(config: RunConfig | Mapping) -> _Opened:
@@ -157,12 +158,7 @@ def _open(config: RunConfig | Mapping) -> _Opened:
     resolved, why = resolve(config)
     if config.profile == "auto":
         say_once(f"profile {resolved.profile}: {why}")
-    dataset = datasets.load(
-        resolved.dataset,
-        n=resolved.reduced_size,
-        seed=resolved.subset_seed,
-        root=resolved.root or None,
-    )
+    dataset, given = data_of(resolved)
     if not len(dataset):
         raise ValueError(f"the data set {resolved.dataset} has no images: nothing to run over.")
     note = getattr(dataset, "note", "")
@@ -179,7 +175,7 @@ def _open(config: RunConfig | Mapping) -> _Opened:
         "classnames": list(dataset.classnames),
     }
     check_folder(folder, header)
-    return _Opened(resolved, dataset, folder, header, began)
+    return _Opened(resolved, dataset, folder, header, began, given)
 
 
 def _prepare(opened: _Opened, session: Session) -> tuple[methods.Setting, methods.Prepared]:
@@ -217,7 +213,7 @@ def _compute(
     loaded = time.perf_counter()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*images failed")  # reported at the end
-        encoded = features.encode(
+        encoded = opened.given or features.encode(
             dataset,
             setting.clip,
             setting.augmenter,
@@ -240,11 +236,13 @@ def _compute(
     def adapt(views, ids):
         return prepared.adapt(views.to(device), prompts, ids)
 
-    seconds = {"method": 0.0}
+    seconds, right = {"method": 0.0}, sum(r["pred_after"] == r["target"] for r in records)
     with bar(len(encoded.ids), done, config.method, progress) as shown:
         path = folder / "records.jsonl"
         for fresh in _adapt(path, encoded, done, adapt, size, threads, seconds):
             records += fresh
+            right += sum(r["pred_after"] == r["target"] for r in fresh)
+            shown.set_postfix_str(f"{100 * right / len(records):.1f} % right", refresh=False)
             shown.update(len(fresh))
     ended = time.perf_counter()
     seconds |= {"load": loaded - opened.began, "encode": ready - loaded}
@@ -252,7 +250,7 @@ def _compute(
     summary = _summary(opened, records, done, encoded, seconds, prepared.seconds)
     result = Run(folder, config, records, summary)
     if config.tensorboard:
-        write_tensorboard(result, dataset.classnames)
+        write_tensorboard(result, dataset.classnames, dataset)
     write_json(folder / "summary.json", summary)
     return _report(result, opened)
 

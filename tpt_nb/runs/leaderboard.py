@@ -36,7 +36,7 @@ from tpt_nb.runs.board import Cell, hash_of, images_of, summarise, text_table
 from tpt_nb.runs.config import RunConfig, augmenter_of, options_of
 from tpt_nb.runs.engine import Session
 from tpt_nb.runs.pool import Spread, run_many, start_server
-from tpt_nb.runs.profile import resolve
+from tpt_nb.runs.profile import data_of, resolve
 from tpt_nb.runs.records import Run
 from tpt_nb.runs.sweep import read_yaml
 
@@ -194,7 +194,7 @@ def peak_memory(done: Run, session: Session, images: int = 8) -> float:
     if kept.is_file():
         return json.loads(kept.read_text())["bytes"]
     method, options = registry.get(config.method), options_of(config)
-    whole = datasets.load(config.dataset, config.reduced_size, config.subset_seed, config.root)
+    whole, _ = data_of(config)
     count = min(images, len(whole)) if method.kind == "episodic" else len(whole)
     data = datasets.subset(whole, list(range(count)))
     clip, prompts = session.model(config), session.prompts(config, data.classnames)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from tpt_nb import datasets, methods, models
+from tpt_nb import datasets, features, methods, models
 from tpt_nb.core import machine
 from tpt_nb.core.messages import unknown
 from tpt_nb.core.paths import DATA, cache_dir, datasets_dir
@@ -54,6 +54,9 @@ def resolve(
         if hint in (float, float | None) and value is not None:
             changed[name] = float(value)  # 1 and 1.0 are the same run
     changed["reduced_size"] = config.reduced_size or None
+    if config.embeddings:
+        of = (changed["model"], config.seed, datasets.file_name(changed["dataset"]))
+        changed["embeddings"] = str(features.find_given(config.embeddings, *of))
     changed["cache"] = config.cache or str(cache_dir())
     coop = "mini" if config.coop == "mini" else changed["model"]
     named = config.coop not in ("mini", "auto")
@@ -64,6 +67,25 @@ def resolve(
     if method.resolve:
         options = method.resolve(options, resolved)
     return dataclasses.replace(resolved, options=dataclasses.asdict(options)), why
+
+
+def data_of(config: RunConfig) -> tuple[datasets.Dataset, features.Features | None]:
+    """The images of a (filled-in) configuration, with the class names that it asks for.
+
+    Where the configuration names embeddings of others: their ids and labels, and the features.
+    """
+    name, words = config.dataset, config.classnames
+    if not config.embeddings:
+        root = config.root or None
+        data = datasets.load(name, config.reduced_size, config.subset_seed, root)
+        return (datasets.reworded(data, words) if words else data), None
+    try:
+        names = datasets.load(name, 1, root=config.root or None).classnames
+    except FileNotFoundError:  # the pictures need not be here
+        names = datasets.known_classnames(name, words)
+    place, n = Path(config.embeddings), config.reduced_size
+    found, data = features.read_given(place, name, names, n, config.subset_seed)
+    return (datasets.reworded(data, words) if words else data), found
 
 
 def _device(name: str) -> str:

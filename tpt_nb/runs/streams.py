@@ -28,7 +28,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from tpt_nb import datasets, features
+from tpt_nb import features
 from tpt_nb import methods as registry
 from tpt_nb.core.command_line import setting
 from tpt_nb.core.files import write_json, write_whole
@@ -38,7 +38,7 @@ from tpt_nb.core.paths import DATA, REPO
 from tpt_nb.runs import orders as draw
 from tpt_nb.runs.config import GROUP, RunConfig, augmenter_of, identity, options_of, short_hash
 from tpt_nb.runs.engine import Session
-from tpt_nb.runs.profile import resolve
+from tpt_nb.runs.profile import data_of, resolve
 from tpt_nb.runs.sweep import read_yaml
 
 STORED = DATA / "streams.json"
@@ -173,7 +173,7 @@ def _done(rows: Sequence[Row], out: Path, jobs: int) -> Iterator[tuple[Row, dict
 def do_row(row: Row, out: Path) -> dict[str, dict]:
     """Kind -> its cell: loaded from ``out``, or computed and left there."""
     out.mkdir(parents=True, exist_ok=True)
-    whole = [datasets.load(c.dataset, c.reduced_size, c.subset_seed, c.root) for c in row.configs]
+    whole = [data_of(config)[0] for config in row.configs]
     same = [identity(config) for config in row.configs] + [data.fingerprint for data in whole]
     found, opened = {}, None
     for kind in row.kinds:

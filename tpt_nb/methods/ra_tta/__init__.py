@@ -15,6 +15,16 @@ from tpt_nb.methods.ra_tta.adapt import (
     select_descriptions,
     trace,
 )
+from tpt_nb.methods.ra_tta.authors import (
+    DATABASES,
+    PRE_TEMPLATE,
+    SCRIPTS,
+    Script,
+    find_database,
+    find_descriptions,
+    open_database,
+    script_of,
+)
 from tpt_nb.methods.ra_tta.build import (
     Pictures,
     build,
@@ -26,7 +36,7 @@ from tpt_nb.methods.ra_tta.build import (
     style_of,
     write_database,
 )
-from tpt_nb.methods.ra_tta.database import Database, read_database, read_test_embeddings
+from tpt_nb.methods.ra_tta.database import Database, read_database
 from tpt_nb.methods.ra_tta.texts import (
     DESCRIPTIONS,
     Texts,
@@ -41,7 +51,9 @@ __all__ = [
     "select_descriptions", "trace",
     "Pictures", "build", "database_scene", "database_spec", "embedded_database", "folder_pictures",
     "iconshift_pictures", "style_of", "write_database",
-    "Database", "read_database", "read_test_embeddings",
+    "DATABASES", "PRE_TEMPLATE", "SCRIPTS", "Script", "find_database", "find_descriptions",
+    "open_database", "script_of",
+    "Database", "read_database",
     "DESCRIPTIONS", "Texts", "depictions", "embed_texts", "read_descriptions",
     "monotone_plan", "sinkhorn", "transport_plan",
 ]  # fmt: skip

@@ -32,8 +32,16 @@ from tpt_nb.methods.method import (
     option,
     positive,
 )
+from tpt_nb.methods.ra_tta.authors import (
+    DATABASES,
+    Script,
+    find_database,
+    find_descriptions,
+    open_database,
+    script_of,
+)
 from tpt_nb.methods.ra_tta.build import embedded_database, style_of
-from tpt_nb.methods.ra_tta.database import Database, read_database
+from tpt_nb.methods.ra_tta.database import Database
 from tpt_nb.methods.ra_tta.texts import DESCRIPTIONS, Texts, embed_texts, read_descriptions
 from tpt_nb.methods.ra_tta.transport import TRANSPORTS, transport_plan
 from tpt_nb.models import Prompts, TemplatePrompts
@@ -43,15 +51,28 @@ from tpt_nb.models import Prompts, TemplatePrompts
 class Options:
     """Files, numbers (those of the authors' code), and switches of the parts."""
 
-    descriptions: str = option("", "file {class: [sentences]}; default: IconShift's")
-    database: str = option("", "image database: a folder that the command database made, or a file")
+    descriptions: str = option(
+        "", "file {class: [sentences]}, or a folder of CuPL's files; default: IconShift's"
+    )
+    database: str = option(
+        "", "image database: a folder that the command database made, a file, or db_embedding"
+    )
+    wording: str = option(
+        "",
+        "templates of the text classifier: single, seven, eighty; default: the authors' for it",
+        choices=("", "single", "seven", "eighty"),
+    )
+    pre_template: str = option(
+        "", "what leads a description, {} is the class; default: the authors' for the data set"
+    )
     transport: str = option("entropic", "how views meet images", choices=TRANSPORTS)
     reg: float = positive(0.1, "of the entropic transport")
     top_k_d: int = at_least(1, 20, "K_D, descriptions that are selected")
     top_k_s: int = at_least(1, 20, "K_S, images that are retrieved for each surviving class")
-    q: float = option(
-        0.75,
-        "quantile over the views, by which a description is ranked (0.9 for ImageNet)",
+    q: float | None = option(
+        None,
+        "quantile over the views, by which a description is ranked; default: the authors' for the "
+        "data set (0.9 for the ImageNet family, else 0.75)",
         holds=lambda q: 0 <= q <= 1,
         allowed="a fraction from 0 to 1",
     )
@@ -118,7 +139,8 @@ def select_descriptions(
 
     Classes come in the order of their best description.
     """
-    scores = quantile_over_views(views @ texts.vectors.T, options.q)
+    q = Script.q if options.q is None else options.q
+    scores = quantile_over_views(views @ texts.vectors.T, q)
     chosen = scores.argsort(descending=True, stable=True)[: options.top_k_d]
     owners = texts.owner[chosen].tolist()
     classes = [c for c in dict.fromkeys(owners) if owners.count(c) >= options.min_descriptions]
@@ -232,15 +254,19 @@ def _prepare(options: Options, setting: Setting) -> Prepared:
     """With the files that the options name, or with what is embedded for IconShift."""
     clip, dataset = setting.clip, setting.dataset
     embedded = dataset.name in iconshift.VARIANTS
-    if not (embedded or (options.descriptions and options.database)):
+    words = find_descriptions(options.descriptions, dataset.name)
+    place = find_database(options.database, dataset.name, clip.name)
+    if not (embedded or (words and place)):
         raise ValueError(
             f"ra_tta on {dataset.name!r} needs descriptions=FILE ({{class: [sentences]}}) and "
-            "database=FOLDER (python -m tpt_nb database); only IconShift has its own."
+            "database=FOLDER (python -m tpt_nb database; the authors' are python -m tpt_nb "
+            f"download {DATABASES}); only IconShift has its own."
         )
-    lists = read_descriptions(options.descriptions or DESCRIPTIONS, dataset.classnames)
-    texts = embed_texts(clip, dataset.classnames, lists)
-    if options.database:
-        database = read_database(options.database)
+    lists = read_descriptions(words or DESCRIPTIONS, dataset.classnames)
+    script = _script(options, setting)
+    texts = embed_texts(clip, dataset.classnames, lists, script.templates, script.pre_template)
+    if place and not (embedded and not options.database):
+        database = open_database(place, dataset.name)
     else:
         database = embedded_database(clip, cache=setting.cache)
     if database.features.shape[1] != clip.embed_dim:
@@ -252,17 +278,30 @@ def _prepare(options: Options, setting: Setting) -> Prepared:
     return Prepared(lambda x, prompts, ids: ra_tta(x, prompts, options, knowledge, ids))
 
 
+def _script(options: Options, setting: Setting) -> Script:
+    """What the authors set for the data set, where the options say nothing else."""
+    script = script_of(setting.dataset.name)
+    own = {"templates": options.wording, "pre_template": options.pre_template}
+    return dataclasses.replace(script, **{k: v for k, v in own.items() if v})
+
+
+def _resolve(options: Options, config) -> Options:
+    q = script_of(config.dataset).q if options.q is None else options.q
+    return dataclasses.replace(options, q=q)
+
+
 def _identity(options: Options, config) -> dict:
     """Files count by name and content; a database of ``build`` by its description."""
-    about = Path(options.database) / "about.json"
-    files = {
-        "descriptions": Path(options.descriptions or DESCRIPTIONS),
-        "database": about if options.database and about.is_file() else Path(options.database),
-    }
+    words, place = Path(options.descriptions or DESCRIPTIONS), Path(options.database)
+    if config:
+        words = find_descriptions(options.descriptions, config.dataset) or words
+        place = find_database(options.database, config.dataset, config.model) or place
+    about = place / "about.json"
+    files = {"descriptions": words, "database": about if about.is_file() else place}
     return {k: [path.name, sha256(path)] for k, path in files.items() if path.is_file()}
 
 
 METHOD = Method(
     ra_tta, Options, needs="descriptions of the classes and an image database",
-    prepare=_prepare, identity=_identity, paper="RA-TTA, 2025",
+    prepare=_prepare, resolve=_resolve, identity=_identity, paper="RA-TTA, 2025",
 )  # fmt: skip

@@ -158,13 +158,3 @@ def read_pickled_embeddings(path: str | Path) -> np.ndarray:
     if not isinstance(value, np.ndarray) or value.ndim != 2 or value.dtype.kind != "f":
         raise ValueError(f"{path} has no array [M,D] of numbers under 'embedding'.")
     return value
-
-
-def read_test_embeddings(path: str | Path) -> tuple[Tensor, Tensor]:
-    """The authors' extracted test set: features ``[N,V,D]`` (view 0 first) and targets ``[N]``.
-
-    Their file is a list of (image ``[1,D]``, views ``[A,D]``, label); nothing in it is executed.
-    """
-    rows = torch.load(path, map_location="cpu", weights_only=True)
-    features = torch.stack([torch.cat([o.reshape(1, -1), a]).float() for o, a, _ in rows])
-    return F.normalize(features, dim=-1), torch.tensor([int(label) for _, _, label in rows])

@@ -11,10 +11,10 @@ from torch import Tensor
 from tpt_nb.core.files import read_json
 from tpt_nb.core.paths import DATA
 from tpt_nb.methods.caption_prompts import plain_name, quiet_tokens, with_article
+from tpt_nb.methods.ra_tta.authors import PRE_TEMPLATE
 from tpt_nb.models import Clip, template_sentences
 
 DESCRIPTIONS = DATA / "descriptions" / "iconshift.json"
-PRE_TEMPLATE = "a photo of the {}. "  # of ImageNet, V2 and A in the authors' code
 
 
 @dataclass
@@ -77,7 +77,8 @@ def embed_texts(
     clip: Clip,
     classnames: Sequence[str],
     descriptions: Sequence[Sequence[str]],
-    templates: str = "single",
+    templates: str | Sequence[str] = "single",
+    pre_template: str = PRE_TEMPLATE,
 ) -> Texts:
     """Embed templates and descriptions as RA-TTA does.
 
@@ -85,14 +86,14 @@ def embed_texts(
         descriptions: for each class any number of sentences, none too.
         templates: see ``models.template_sentences``; they and the descriptions make the
             classifier (as CuPL: encode, normalise, mean, normalise). For retrieval each description
-            stands behind ``PRE_TEMPLATE``, which alone is the bare name.
+            stands behind the ``pre_template``, which alone is the bare name.
     """
     if len(descriptions) != len(classnames):
         raise ValueError(f"{len(descriptions)} lists of descriptions, {len(classnames)} classes.")
     names = [plain_name(name) for name in classnames]
     each = list(zip(names, descriptions, strict=True))
     whole = [[t.format(n) for t in template_sentences(templates)] + list(d) for n, d in each]
-    single = [[PRE_TEMPLATE.format(n) + s for s in (*d, "")] for n, d in each]
+    single = [[pre_template.format(n) + s for s in (*d, "")] for n, d in each]
     single = [[s.strip() for s in some] for some in single]
     lists = whole + single
     with quiet_tokens():
