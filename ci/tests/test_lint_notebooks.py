@@ -37,6 +37,35 @@ def f(x: float) -> float:
 check.equal("sum", f(1.0), {k} + 1.0)'''
 
 
+PREDICT = """\
+# BEGIN SOLUTION
+guess = "A"
+# END SOLUTION
+check.predict("91.P", guess, {"A": "up", "B": "down"})"""
+
+
+def other_kinds() -> list[nbformat.NotebookNode]:
+    """One exercise of each kind but "write a function": the cells 13 to 22 of ``good``."""
+
+    def head(kind: str) -> nbformat.NotebookNode:
+        return new_markdown_cell(EXERCISE.format(k=kind))
+
+    def code(source: str, q: str = "", **metadata) -> nbformat.NotebookNode:
+        tpt = {"tpt": {"q": q, "points": 1}} if q else {}
+        return new_code_cell(source, metadata=tpt | metadata)
+
+    def told(q: str) -> nbformat.NotebookNode:
+        source = f"<details><summary>Answer {q}</summary>\n\n- (1) says so\n\n</details>"
+        return new_markdown_cell(source, metadata={"tpt": {"q": q, "points": 1}})
+
+    bug = ANSWER.format(k=5).replace("    # END", "    # BUG\n    # return x\n    # END")
+    return [
+        *(head("P"), code(PREDICT, "91.P"), code('check.reveal("91.P", "A")', tags=["gives-away"])),
+        *(head("B"), code(bug, "91.B"), head("T"), told("91.T")),
+        *(head("O"), code("2 + 2"), told("91.O")),
+    ]
+
+
 def good() -> nbformat.NotebookNode:
     """A notebook that the linter accepts."""
     text, code = new_markdown_cell, new_code_cell
@@ -51,6 +80,7 @@ def good() -> nbformat.NotebookNode:
         cells.append(text(EXERCISE.format(k=k)))
         tpt = {"q": f"91.{k}", "points": 1}
         cells.append(code(ANSWER.format(k=k), metadata={"tpt": tpt}))
+    cells += other_kinds()
     cells += [text("## Limits\n\nx"), text("## Conclusion\n\nx"), text("## References\n\nx")]
     cells.append(text("*Text: CC BY 4.0. Code: MIT.*"))
     for count, cell in enumerate([c for c in cells if c.cell_type == "code"], 1):
@@ -183,6 +213,12 @@ BROKEN = {
     "difficulty": (replace(5, "●○○", "easy"), "above it must stand '**Exercise 91.1"),
     "time": (replace(5, "5 minutes", "soon"), "above it must stand '**Exercise 91.1"),
     "hint": (replace(5, "Hint", "More"), "91.1: no folded hint"),
+    "no_prediction": (drop(13, 14, 15), "no exercise 91.P (predict, then run)"),
+    "no_bug": (drop(16, 17), "no exercise 91.B (find the bug)"),
+    "no_question": (drop(20, 21, 22), "no exercise 91.O (investigate)"),
+    "no_result": (drop(15), "91.P: below it must stand one cell with check.reveal"),
+    "result_in_sight": (tag(15), "91.P: below it must stand one cell with check.reveal"),
+    "no_heading": (replace(20, "91.O", "91.X"), "91.O: above it must stand"),
     "no_host": (replace(3, "https://arxiv.org", "https:///arxiv.org"), "no host"),
     "no_text": (replace(3, "[it]", "[]"), "no text"),
     "no_file": (replace(3, "sub/x.png", "sub/y.png"), "there is no such file"),
@@ -238,7 +274,7 @@ def test_a_notebook_that_was_not_executed_is_one_line(folder):
         if cell.cell_type == "code":
             cell.execution_count = None
     assert lint(notebook, folder) == [
-        "cell 2: execution count None, not 1, and 6 more: run bash ci/run --in-place"
+        "cell 2: execution count None, not 1, and 10 more: run bash ci/run --in-place"
     ]
 
 
