@@ -74,7 +74,8 @@ def reading(cells: list[NotebookNode]) -> float:
     for cell in cells:
         tpt = cell.metadata.get("tpt", {})
         if cell.cell_type == "markdown":
-            text = re.sub(r"<details>.*?</details>", "", cell.source, flags=re.DOTALL)
+            text = re.sub(r"<details>.*?</details>", "", PATH.sub("", cell.source), flags=re.DOTALL)
+            text = between(text, "")  # nor what is written here: it must not count itself
             minutes += len(text.split("## References")[0].split()) / WORDS
         elif not tpt.get("hidden") and "q" not in tpt:
             minutes += sum(bool(line.strip()) for line in cell.source.split("\n")) * LINE / 60
