@@ -57,11 +57,12 @@ FULL, COOP = "profile full (", "the prompt starts from CoOp"
 PICTURES = {"generator": "{given}/pipeline:steps=1,side=32", "n_generated": 4}
 GENERATE = ("generate", "--dataset", "imagenet-a", "--reduced_size", "3", "--device", "cpu")
 GENERATE += ("--generator", PICTURES["generator"], "--n_generated", "4")
-MAKE = (("download", "imagenet-a"), GENERATE)
-KNOWLEDGE = {"descriptions": "{given}/CuPL_descriptions.json"}
-KNOWLEDGE["image_database"] = (
-    "{given}/db_embedding/LAION2B_imagenet_adversarial_aux_RN50/embeddings.pkl"
-)
+DOWNLOAD = ("download", "imagenet-a")
+MAKE = (DOWNLOAD, GENERATE)
+FOLDER = {"generator": "{given}/generated", "n_generated": 4}
+FEW = {"n_aug": 7, "n_compare": 2, "n_kind": 3}
+KNOWLEDGE = {"descriptions": "{given}/CuPL_prompts_imagenet_adversarial.json"}
+KNOWLEDGE["image_database"] = "{given}/db_embedding/LAION2B_imagenet_adversarial_aux_RN50"
 CASES = [
     Case("00", ""),
     Case("01", FULL, {"n": 6, "shots": 1, "n_train": 8, "epochs": 1}),
@@ -70,8 +71,9 @@ CASES = [
     Case("03", 'prompt "a photo of a"', {"reduced_size": 1, "n_look": 1, "coop": ""}, "no CoOp"),
     Case("04", COOP, {"reduced_size": 1, "n_curve": 2, "n_variant": 1, "n_crops": 9}),
     Case("05", COOP, {"reduced_size": 3, "n_signs": 2, "n_aug": 7, "n_patches": 4, "n_copies": 1}),
-    Case("06", "for full this notebook needs 63 pictures", {"n": 4, "n_aug": 7}, "auto"),
-    Case("06", FULL, {**PICTURES, "n": 3, "n_aug": 7}, "pictures made before", MAKE),
+    Case("06", "for full this notebook needs 63 pictures", {"n": 4, **FEW}, "auto"),
+    Case("06", FULL, {**PICTURES, "n": 3, **FEW}, "pictures made before", MAKE),
+    Case("06", FULL, {**FOLDER, "n": 3, **FEW}, "folder of pictures", (DOWNLOAD,)),
     Case("07", "Going on with mini", {"n": 6}, "auto, no hub"),
     Case("07", FULL, {"n": 3, "captioner": "clip"}, "captioner clip"),
     Case("08", "for full this notebook needs the parameters descriptions", {"n": 6}, "auto"),

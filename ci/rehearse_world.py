@@ -57,6 +57,7 @@ def build(folder: Path, size: str = "RN50") -> Path:
     archives(served)
     knowledge(given)
     pipeline(given / "pipeline")
+    variations(given / "generated")
     for label, synset in enumerate(imagenet_classes()):  # as torchvision sorts what is downloaded
         path = given / "datasets" / "imagenet" / "val" / synset / f"ILSVRC2012_val_{label:08d}.JPEG"
         path.parent.mkdir(parents=True)
@@ -223,12 +224,24 @@ def knowledge(folder: Path) -> None:
     looks = ("a round shape", "a smooth surface", "two colours", "a dark outline", "a small body")
     names = dict.fromkeys(imagenet_classes().values())
     texts = {n: [f"A {n} has {look}." for look in looks] for n in names}
-    (folder / "CuPL_descriptions.json").write_text(json.dumps(texts))
+    (folder / "CuPL_prompts_imagenet_adversarial.json").write_text(json.dumps(texts))
     vectors = np.random.default_rng(0).normal(size=(2000, 1024)).astype(np.float16)
+    (folder / "db_embedding").mkdir()
     place = folder / "db_embedding" / "LAION2B_imagenet_adversarial_aux_RN50"
-    place.mkdir(parents=True)
-    with open(place / "embeddings.pkl", "wb") as file:
+    with open(place, "wb") as file:
         pickle.dump({"embedding": vectors}, file)
+
+
+def variations(folder: Path, count: int = 4) -> None:
+    """Pictures of ImageNet-A named as by DiffTPT's script: ``<class>/<name>_<i>.jpg``."""
+    for member, _ in members("imagenet-a"):
+        *_, synset, file = member.split("/")
+        if file.endswith(".jpg"):
+            (folder / synset).mkdir(parents=True, exist_ok=True)
+            label = int(file.removesuffix(".jpg").rsplit(".", 1)[1])
+            for i in range(count):
+                path = folder / synset / f"{file.removesuffix('.jpg')}_{i}.jpg"
+                path.write_bytes(drawn("generated", label, i))
 
 
 # --- the server ----------------------------------------------------------------------------------
