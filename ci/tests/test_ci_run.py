@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import psutil
@@ -14,7 +15,8 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 REPO = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPO / "ci"))
 from notebook_format import normalise, problems  # noqa: E402
-from run_notebooks import verdict  # noqa: E402
+from run_notebooks import Notebook, Running, finish, verdict  # noqa: E402
+from run_options import as_text  # noqa: E402
 
 SUMMARY = {
     "name": "iconshift-a_mini_tpt_naug=7_0a1b2c3d",
@@ -184,8 +186,9 @@ def test_in_place_leaves_a_notebook_fit_to_commit(folder, tmp_path):
     [
         (
             ["-p", "profil", "mini"],
-            "01_fine.ipynb has no parameter 'profil'; did you mean profile?",
+            "01_fine.ipynb: unknown parameter 'profil'; did you mean 'profile'?",
         ),
+        (["-p", "n", "many"], "01_fine.ipynb: n is 'many' (str); it must be int (default 3)."),
         (["--only", "07"], "there is no notebook 07; there are: 01, 02, 03, 04, 05, 06"),
         (["--profile", "tiny"], "invalid choice: 'tiny'"),
     ],
@@ -236,6 +239,20 @@ def wait_for(condition, seconds: float = 120) -> None:
     while not condition():
         assert time.monotonic() < end, "waited too long"
         time.sleep(0.1)
+
+
+def test_a_kernel_that_is_not_there_is_said_in_words(folder, tmp_path):
+    log = tmp_path / "log"
+    log.write_text("jupyter_client.kernelspec.NoSuchKernel: No such kernel named python3")
+    ended = SimpleNamespace(poll=lambda: 1, wait=lambda: 1)
+    notebook = Notebook(folder / "01_fine.ipynb", {})
+    result = finish(Running(notebook, ended, tmp_path / "none.ipynb", log), None)
+    assert not result.passed and "ipykernel install --sys-prefix" in result.error
+
+
+def test_a_text_is_given_as_a_text(folder):
+    assert as_text(folder / "01_fine.ipynb", "profile")
+    assert not as_text(folder / "01_fine.ipynb", "n")
 
 
 def test_papermill_that_never_started_is_a_failure(tmp_path):
