@@ -6,6 +6,7 @@ A server on this machine stands for the net, through ``TPT_NB_MIRROR``.
 import dataclasses
 import hashlib
 import io
+import json
 import threading
 import zipfile
 from functools import partial
@@ -257,3 +258,26 @@ def test_auto_never_ends_in_an_error_for_what_mini_cannot_take(monkeypatch, caps
     assert "profile mini cannot take captioner: no hub here" in capsys.readouterr().out
     with pytest.raises(ValueError, match="no hub here"):  # what is wholly named is not exchanged
         setup.prepare(captioner="vit-gpt2", profile="mini", **values, **SMALL)
+
+
+# --- the notebooks -------------------------------------------------------------------------------
+
+STATES = {  # what each says in its code that full needs, and what its rows are called by
+    "01": ('needs=["imagenet-v2"]',),
+    "02": ("runs.coop_context(config.model)",),
+    "03": ("coop=coop", "start = runs.start_name(config)"),
+    "04": ("coop=coop", "start = runs.start_name(config)"),
+    "05": ("coop=coop",),
+    "06": ('"lacking": diffusion.lacking(generator)',),
+    "07": ('setup.packages("transformers',),
+    "08": ('"lacking": retrieval.lacking(',),
+}
+
+
+@pytest.mark.parametrize("number", STATES)
+def test_a_notebook_states_what_it_needs(number):
+    (path,) = (setup.REPO / "notebooks").glob(f"{number}_*.ipynb")
+    cells = [c for c in json.loads(path.read_text("utf-8"))["cells"] if c["cell_type"] == "code"]
+    code = "\n".join("".join(c["source"]) for c in cells)
+    assert [text for text in STATES[number] if text not in code] == []
+    assert "none in full" not in code  # the start that full had by mistake
