@@ -183,7 +183,7 @@ def rehearse(case: Case, room: Path, python: Path, env: dict, given: Path, kill:
     began = time.monotonic()
     folder = room / re.sub(r"\W+", "-", case.title).strip("-")
     folder.mkdir()
-    source = next((REPO / "notebooks").glob(f"{case.number}_*.ipynb"))
+    source = next((room / "repository" / "notebooks").glob(f"{case.number}_*.ipynb"))
     notebook, out = folder / source.name, folder / "executed.ipynb"
     shutil.copy2(source, notebook)
     values = {k: str(v).format(given=given) for k, v in case.values.items()}
