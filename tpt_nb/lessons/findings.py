@@ -65,7 +65,7 @@ def gain(value: float, low: float, high: float, what: str, over: str) -> str:
     Raises:
         ValueError: the interval does not hold the value.
     """
-    if not low <= value <= high:
+    if not low - 1e-9 <= value <= high + 1e-9:  # of numbers that are all the same, to rounding
         raise ValueError(f"the interval [{low:g}, {high:g}] of {what!r} does not hold {value:g}")
     return _show(_verdict(value, low, high, what, over) + ".", {f"{what} over {over}": value})
 
