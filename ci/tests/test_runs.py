@@ -341,7 +341,6 @@ def test_reduced_size(config):
 def test_tensorboard_events_come_from_the_records(config):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    config = config.replace(learning_rate=1.0)  # far, so that predictions change
     one_run(config)
     done = one_run(config, tensorboard=True)  # on a finished run, too
     assert len(list(done.dir.glob("events.*"))) == 1
@@ -359,24 +358,39 @@ def test_tensorboard_events_come_from_the_records(config):
     assert confidence == pytest.approx([r["conf_after"] for r in done.records])
     curves = runs.read_scalars(done.dir)
     assert curves["confidence/TPT_coop"][1] == pytest.approx(confidence)
-    changed = {"Improved": [], "Worsened": []}
-    for r in done.records:
-        before, after = (r[f"pred_{when}"] == r["target"] for when in ("before", "after"))
-        if before != after:
-            changed["Improved" if after else "Worsened"].append(r["id"])
-    for name, ids in changed.items():
-        texts = [t for t in events.Tags()["tensors"] if t.startswith(f"Samples-Ids/{name}")]
-        said = [events.Tensors(t)[0].tensor_proto.string_val[0].decode() for t in texts]
-        stored = [i for some in json.loads(said[0]).values() for i in some]
-        assert sorted(stored) == sorted(ids)
-        pictures = events.Images(f"Images/{name}") if ids else []
-        assert len(pictures) == min(len(ids), 12)
-        assert [done.records[p.step]["id"] for p in pictures] == ids[:12]
-    assert any(changed.values())  # else nothing was looked at
     for tags in (events.Tags()["scalars"], events.Tags()["tensors"], events.Tags()["images"]):
         assert all(runs.meaning(tag) for tag in tags)  # the glossary knows them all
     with pytest.raises(ValueError, match="has no events"):
         runs.read_scalars(done.dir.parent)
+
+
+def test_changed_images_are_in_the_events_by_class_and_as_pictures(config, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    done = one_run(config)
+    records = [dict(r, pred_before=0, pred_after=0) for r in done.records]
+    for i, r in enumerate(records):  # every third improves, every third worsens
+        if i % 3 < 2:
+            r[("pred_after", "pred_before")[i % 3]] = r["target"]
+            r[("pred_before", "pred_after")[i % 3]] = (r["target"] + 1) % len(CLASSES)
+    (tmp_path / "events").mkdir()
+    dataset, _ = runs.data_of(done.config)
+    edited = runs.Run(tmp_path / "events", done.config, records, done.summary)
+    runs.write_tensorboard(edited, dataset.classnames, dataset)
+    events = EventAccumulator(str(tmp_path / "events"), {"images": 0, "tensors": 0})
+    events.Reload()
+    for k, name in enumerate(("Improved", "Worsened")):
+        (tag,) = [t for t in events.Tags()["tensors"] if t.startswith(f"Samples-Ids/{name}")]
+        said = json.loads(events.Tensors(tag)[0].tensor_proto.string_val[0])
+        of = [r for i, r in enumerate(records) if i % 3 == k]
+        assert sorted(i for some in said.values() for i in some) == sorted(r["id"] for r in of)
+        for words, ids in said.items():
+            number, text = words.split(" ", 1)
+            assert text == dataset.classnames[int(number)]
+            assert {r["target"] for r in of if r["id"] in ids} == {int(number)}
+        pictures = events.Images(f"Images/{name}")
+        assert [p.step for p in pictures] == [3 * j + k for j in range(min(12, len(of)))]
+    assert all(runs.meaning(tag) for kind in ("images", "tensors") for tag in events.Tags()[kind])
 
 
 def test_the_bar_says_how_many_are_right_so_far(config, monkeypatch):
