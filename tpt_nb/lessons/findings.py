@@ -90,17 +90,24 @@ def _verdict(value: float, low: float, high: float, what: str, over: str, where:
 def best(values: Mapping[str, Value], unit: str = "%", lowest: bool = False) -> str:
     """Best, next and worst of several values, and whether the intervals of the first two overlap.
 
+    A value that is no number (a share of no images) takes no part, and the sentence says so.
+
     Args:
         values: per name a number, or a number with its interval (value, low, high).
         unit: stands after each number; "" for none.
         lowest: the lowest is the best (errors, seconds).
     Raises:
-        ValueError: there are fewer than two, or one is not a number.
+        ValueError: there are fewer than two.
     Publishes each value under its name.
     """
     numbers = {name: _first(value) for name, value in values.items()}
-    if len(numbers) < 2 or not all(math.isfinite(v) for v in numbers.values()):
+    if len(numbers) < 2:
         raise ValueError(f"best needs two or more numbers, got {numbers}")
+    none = [name for name, value in numbers.items() if not math.isfinite(value)]
+    numbers = {name: value for name, value in numbers.items() if name not in none}
+    rest = f". Without a value: {', '.join(none)}" if none else ""
+    if len(numbers) < 2:
+        return _show(f"Nothing to compare{rest}.", numbers)
     order = sorted(numbers, key=lambda name: numbers[name], reverse=not lowest)
     digits = _digits(list(numbers.values()))
     told = {name: f"{_number(numbers[name], digits)}{_unit(unit)}" for name in order}
@@ -119,7 +126,7 @@ def best(values: Mapping[str, Value], unit: str = "%", lowest: bool = False) -> 
             (_, a, b), (_, c, d) = values[first], values[second]
             overlap = "overlap" if a <= d and c <= b else "do not overlap"
             text += f". The intervals of {first} and {second} {overlap}"
-    return _show(f"{text}.", numbers)
+    return _show(f"{text}{rest}.", numbers)
 
 
 def trend(x: Sequence[float], y: Sequence[float], what: str, unit: str, along: str = "") -> str:
@@ -136,14 +143,17 @@ def trend(x: Sequence[float], y: Sequence[float], what: str, unit: str, along: s
     a, b = np.asarray(x, float), np.asarray(y, float)
     if a.ndim != 1 or a.shape != b.shape or len(a) < 3:
         raise ValueError(f"a trend needs three or more points, got x {a.shape} and y {b.shape}")
-    order = np.argsort(a, kind="stable")
-    a, b = a[order], b[order]
-    digits = _digits(b.tolist())
-    ends = [f"{_number(v, digits)}{_unit(unit)} at {u:g}" for u, v in zip(a, b, strict=True)]
-    values = {f"{what} at {u:g}": float(v) for u, v in ((a[0], b[0]), (a[-1], b[-1]))}
+    known = np.isfinite(a) & np.isfinite(b)  # a share of no images is no number
+    order = np.argsort(a[known], kind="stable")
+    a, b = a[known][order], b[known][order]
+    if len(a) < 3:
+        return _show(f"{what}: too few points with a value to tell a direction.", {})
+    digits, at = _digits(b.tolist()), [_number(u, _digits(a.tolist())) for u in a]
+    ends = [f"{_number(v, digits)}{_unit(unit)} at {u}" for u, v in zip(at, b, strict=True)]
+    values = {f"{what} at {at[k]}": float(b[k]) for k in (0, -1)}
     axis = f" with {along}" if along else ""
     if len({_number(v, digits) for v in b}) == 1:
-        return _show(f"{what} does not change{axis}: {ends[0]} and at {a[-1]:g}.", values)
+        return _show(f"{what} does not change{axis}: {ends[0]} and at {at[-1]}.", values)
     rho = float(np.corrcoef(_ranks(a), _ranks(b))[0, 1])
     if abs(rho) < CLEAR:
         lowest, highest = ends[int(b.argmin())], ends[int(b.argmax())]
