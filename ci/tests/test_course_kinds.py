@@ -93,7 +93,12 @@ def test_each_kind_has_its_stub(master):
     assert cell(student, "p").source.endswith(PREDICT[PREDICT.index("check.") :])
     bug = cell(student, "b").source
     assert "        out.append(value // 2)\n" in bug and "value / 2" not in bug
-    assert "BUG" not in bug and "SOLUTION" not in bug and "# out" not in bug
+    assert (
+        bug.startswith('check.symptom("91.B")')
+        and "BUG" not in bug
+        and "SOLUTION" not in bug
+        and "# out" not in bug
+    )
     assert cell(student, "t").source == f"**Answer 91.T**\n\n{kinds.WRITE_HERE}"
     assert cell(student, "r").outputs == [] and "mean of three" not in nbformat.writes(student)
     solution = masters.version(master, "solution")
@@ -238,6 +243,11 @@ def test_run_all_passes_an_exercise_without_answer(capsys):
     open_ = shell.run_cell('def f():\n    raise NotImplementedError("exercise 02.B")\nf()')
     assert open_.success and "Exercise 02.b" not in (said := capsys.readouterr().out)
     assert "Exercise 02.B is not answered yet." in said and "Traceback" not in said
+    bug = shell.run_cell(
+        'from tpt_nb.lessons import check\ncheck.symptom("02.B")\ncheck.equal("it", 1, 2)\nx = 5'
+    )
+    assert bug.success and "NOT RIGHT YET: it: expected 2, got 1." in capsys.readouterr().out
+    assert not shell.run_cell('check.equal("it", x, 2)').success  # in that cell alone
     for code in ('raise NotImplementedError("exercise, later")', "1 / 0", "check.gone"):
         assert not shell.run_cell(code).success
     assert shell.run_cell("1 + 1").success

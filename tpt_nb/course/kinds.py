@@ -33,8 +33,8 @@ def stub(source: str, question: str) -> str:
     """The source of an exercise as the student gets it.
 
     A text becomes a place to write in. A solution with a ``# BUG`` in it becomes what stands below
-    that, without the ``#``; one that is a value becomes ``name = ...``; any other becomes
-    ``raise NotImplementedError``.
+    that, without the ``#`` (and ``check.symptom`` goes on top); one that is a value becomes ``name
+    = ...``; any other becomes ``raise NotImplementedError``.
     """
     if kind(question) in WRITTEN:
         return f"{ANSWER.format(question)}\n\n{WRITE_HERE}"
@@ -47,6 +47,8 @@ def stub(source: str, question: str) -> str:
             solution = None
         else:
             (kept if solution is None else solution).append(line)
+    if kind(question) == "B":  # the checks show what is wrong, and "Run all" goes on
+        kept.insert(0, f'check.symptom("{question}")  # a check below says what is wrong')
     return "\n".join(kept)
 
 
