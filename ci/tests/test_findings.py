@@ -151,3 +151,12 @@ def test_a_kernel_keeps_the_values_in_the_output(shown, monkeypatch):
 
 def test_any_name_may_stand_in_a_sentence():
     assert "here: four" in findings.say("{text} and {x}.", text="here: four", x=1)
+
+
+def test_what_is_no_number_takes_no_part_and_is_named():
+    nan = float("nan")
+    text = findings.best({"a": 1.0, "b": nan, "c": (3.0, 2.0, 4.0)})
+    assert "Best of 2: c" in text and text.endswith("Without a value: b.")
+    assert findings.best({"a": 1.0, "b": nan}).endswith("Nothing to compare. Without a value: b.")
+    assert "rises" in findings.trend([1, 2, 3, 4], [1, nan, 2, 3], "x", "")
+    assert "too few points" in findings.trend([1, 2, 3], [1, nan, 2], "x", "")
