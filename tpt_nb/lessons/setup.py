@@ -281,6 +281,12 @@ def prepare(
         values |= {"profile": "mini", "dataset": "auto", "model": "auto", "root": ""}
         values |= {"coop": coop and "auto"} | (mini or {})
         world = _world(n, also, values, {}, None, "full is not possible here")
+    _announce(world, coop)
+    return world
+
+
+def _announce(world: World, coop: str) -> None:
+    """Say which profile and why, on what, and what the prompt starts from."""
     config, images = world.config, world.images
     print(f"profile {config.profile} ({world.why}): {world.clip.name} on {images.name}", end=", ")
     print(f"device {config.device}\n{len(images)} images of {len(images.classnames)} classes")
@@ -288,7 +294,6 @@ def prepare(
         print(f"the prompt starts from {'CoOp' if config.coop else repr(config.ctx_init)}", end="")
         none = coop == "auto" and not config.coop
         print(f" (CoOp's authors published no context for {config.model})" if none else "")
-    return world
 
 
 def _world(
