@@ -130,7 +130,8 @@ def test_a_trend_needs_a_clear_direction(shown):
 def test_free_sentences_and_answers(shown):
     assert findings.say("{n} of 500: {share:.1f} %", n=61, share=12.2) == "61 of 500: 12.2 %"
     assert shown[-1] == ("**Finding.** 61 of 500: 12.2 %", {"n": 61, "share": 12.2})
-    assert findings.say("{text}", text="any name will do") == "any name will do"
+    assert findings.say("{text}", text="any name will do") == "Any name will do"
+    assert findings.say("{text} gains", text="hard1") == "hard1 gains"
     with pytest.raises(ValueError, match="no place for m"):
         findings.say("{n}", n=1, m=2)
     findings.answers("One.", "Two.")

@@ -226,6 +226,8 @@ def _number(number: float, digits: int) -> str:
 
 
 def _show(sentence: str, values: Mapping[str, float]) -> str:
+    if sentence.split(" ")[0].isalpha():  # a word, and not a name such as hard1 or patch_loss
+        sentence = sentence[0].upper() + sentence[1:]
     _display(MARK + sentence, values)
     return sentence
 
