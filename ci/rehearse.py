@@ -1,6 +1,6 @@
 """Rehearse the full profile without a network: each notebook alone in an empty folder.
 
-    bash ci/run --rehearse            # all notebooks, RN50's size; about 15 minutes on two cores
+    bash ci/run --rehearse            # all notebooks, RN50's image tower
     bash ci/run --rehearse --size quick --only 03,06
 
 A server on this machine stands for the outside world (``ci/rehearse_world.py``). Each notebook is
