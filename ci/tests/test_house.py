@@ -32,7 +32,7 @@ MODULES = {
     ".".join(p.relative_to(REPO).with_suffix("").parts).removesuffix(".__init__"): p for p in FILES
 }
 MAX_FILE, MAX_FUNCTION = 350, 60
-MAX_FILES = 133  # a ratchet: 112 when the rooms were made, and a file for each method since
+MAX_FILES = 146  # a ratchet: 112 when the rooms were made, then a file for each method or lesson
 
 
 @functools.cache

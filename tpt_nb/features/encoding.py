@@ -89,7 +89,6 @@ def encode(
         failed, encoded = _encode_missing(
             store, folder, known, dataset, clip, augmenter, seed, workers, bar, shard
         )
-
     good = [i for i, there in enumerate(store.there) if there]
     if failed:
         first = f"{failed[0]['path']}: {failed[0]['error']}"

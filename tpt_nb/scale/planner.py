@@ -168,14 +168,7 @@ def plan(
         own = [name for name in methods if used[name] == v]
         encode[v], each, found = costs(model, c, v, own, device, measured, rate)
         adapt, sources = adapt | each, sources + found
-    rows = []
-    for count in workers:
-        again, part = 1 + failures / (1 - failures) / 2, part_size(n, count)  # they end half way
-        first = hours(seeds * n * sum(encode.values()) * again, part * max(encode.values()), count)
-        second = hours(seeds * n * sum(adapt.values()), n * max(adapt.values()), count)
-        row = {"workers": count, "encode_hours": first, "adapt_hours": second}
-        row |= {"hours": first + second, "worker_hours": count * (first + second)}
-        rows.append(row | {"cost": None if device == "cpu" else price * row["worker_hours"]})
+    rows = [_row(n, seeds, count, encode, adapt, failures, device, price) for count in workers]
     memory = {name: memory_of(get(name), n, used[name], width(model), c) for name in methods}
     need = seeds * n * sum(v * width(model) * 4 + 46 for v in encode)  # 46: id, target, seconds
     place = Path(cache or cache_dir()).absolute()
@@ -200,6 +193,17 @@ def plan(
         "seconds_per_image": {"encode": max(encode.values()), **adapt}, "rows": rows,
         "sources": list(dict.fromkeys(sources)), "warnings": warnings,
     }  # fmt: skip
+
+
+def _row(n: int, seeds: int, count: int, encode: dict, adapt: dict, failures: float, device: str,
+         price: float) -> dict:  # fmt: skip
+    """Hours and price with so many workers."""
+    again, part = 1 + failures / (1 - failures) / 2, part_size(n, count)  # they end half way
+    first = hours(seeds * n * sum(encode.values()) * again, part * max(encode.values()), count)
+    second = hours(seeds * n * sum(adapt.values()), n * max(adapt.values()), count)
+    row = {"workers": count, "encode_hours": first, "adapt_hours": second}
+    row |= {"hours": first + second, "worker_hours": count * (first + second)}
+    return row | {"cost": None if device == "cpu" else price * row["worker_hours"]}
 
 
 def plan_text(found: dict) -> str:
