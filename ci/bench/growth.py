@@ -31,7 +31,7 @@ import torch
 from tpt import TPT, class_names, clock, load, near_features, photograph, processor
 
 from tpt_nb import models
-from tpt_nb.core.machine import device_name
+from tpt_nb.core.machine import device_name, has_gpu
 from tpt_nb.methods import tuning
 from tpt_nb.models import Prompts
 from tpt_nb.views import RandomViews
@@ -124,7 +124,7 @@ def main() -> int:
     parser.add_argument("--steps", nargs="+", type=int, default=[1, 4])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--minutes", type=float, default=12, help="stop before the next cell then")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="cuda" if has_gpu() else "cpu")
     parser.add_argument("--save", type=Path, metavar="FILE", help="write the table there")
     args = parser.parse_args()
     began = time.perf_counter()
