@@ -46,7 +46,8 @@ def test_sign_and_interval_decide_the_word(seed, shown):
     assert markdown == f"**Finding.** {text}"
     assert values["patches over crops"] == pytest.approx(100 * result["gain"], abs=1e-5)
     assert values["accuracy of patches"] == pytest.approx(100 * result["accuracy_b"], abs=1e-5)
-    assert f"{result['improved']} get better, {result['worsened']} worse" in text
+    get = "gets" if result["improved"] == 1 else "get"
+    assert f"{result['improved']} {get} better, {result['worsened']} worse" in text
     numbers = [float(x.replace("−", "-")) for x in re.findall(r"[−\d.]*\d", text.split("[")[1])][:2]
     assert numbers == pytest.approx([100 * low, 100 * high], abs=0.051)
     if word != SIGN[0]:  # the other way round, the other word

@@ -49,7 +49,7 @@ def _paired(result: Mapping, base_name: str, name: str) -> str:
     gain, (low, high) = result["gain"], result["gain_ci95"]
     images = "1 image" if result["n"] == 1 else f"{result['n']} images"
     better, worse = result["improved"], result["worsened"]
-    changed = f"{better} get better, {worse} worse"
+    changed = f"{better} get{'s' if better == 1 else ''} better, {worse} worse"
     if not better + worse:
         changed = "both are right on the same images"
     text = _verdict(100 * gain, 100 * low, 100 * high, name, base_name, f" on {images}")
