@@ -121,7 +121,7 @@ def by_hand(views, texts, images, scale, s: Options) -> np.ndarray:
     p0 = np.exp(logits - logits.max())
     p0 /= p0.sum()
     h0 = -(p0 * np.log(p0)).sum()
-    score = np.quantile(x @ t.T, s.q, axis=0)
+    score = np.quantile(x @ t.T, 0.75 if s.q is None else s.q, axis=0)
     top = np.argsort(-score)[: s.top_k_d]
     survivors = [c for c in range(len(p0)) if (owner[top] == c).sum() >= s.min_descriptions]
     if not survivors:

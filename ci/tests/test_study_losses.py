@@ -26,7 +26,7 @@ from tpt_nb.models import Prompts
 
 CROSS = ["crossentropy_soft", "crossentropy_hard1", "crossentropy_hard5"]
 PATCH = [f"patch_loss{i}" for i in range(1, 7)]
-PLACES = ["neighbour_agreement", "overlap_affinity"]
+PLACES = ["neighbour_agreement", "located_hard1", "overlap_affinity"]
 CORRECTED = [*CROSS, *PATCH, *PLACES]
 STUDY = [f"{name}_study" for name in (*CROSS, *PATCH)]
 GROUPS = (5, 3)
