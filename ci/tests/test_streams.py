@@ -10,7 +10,7 @@ import yaml
 from test_runs import world  # noqa: F401 (a fixture)
 
 from tpt_nb import __main__ as cli
-from tpt_nb import figures, methods
+from tpt_nb import datasets, figures, methods
 from tpt_nb.runs import orders as draw
 from tpt_nb.runs import streams
 
@@ -163,7 +163,7 @@ def test_a_cell_is_what_the_method_gives_in_these_orders(world):  # noqa: F811
     rows = streams.rows_of(made | {"common": world | {"n_aug": 3}}, ["tda", "stata"], 4)
     for row in (rows[0], rows[-1]):
         config = row.configs[0]
-        whole = [streams.datasets.load(config.dataset, None, 0, config.root)]
+        whole = [datasets.load(config.dataset, None, 0, config.root)]
         opened = streams.open_row(row.configs, whole)
         method, options = methods.get(config.method), streams.options_of(config)
         orders = draw.class_by_class(opened.targets, 4, config.seed)
