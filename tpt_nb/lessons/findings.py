@@ -225,11 +225,18 @@ def _number(number: float, digits: int) -> str:
     return text.lstrip("-") if float(text) == 0 else text.replace("-", "−")
 
 
+class Sentence(str):
+    """A sentence that stands in the output already: as the last value of a cell it adds nothing."""
+
+    def _ipython_display_(self) -> None:
+        pass
+
+
 def _show(sentence: str, values: Mapping[str, float]) -> str:
     if sentence.split(" ")[0].isalpha():  # a word, and not a name such as hard1 or patch_loss
         sentence = sentence[0].upper() + sentence[1:]
     _display(MARK + sentence, values)
-    return sentence
+    return Sentence(sentence)
 
 
 def _display(markdown: str, values: Mapping[str, float] | None = None) -> None:
