@@ -123,8 +123,9 @@ def test_cdpath_sends_nothing_elsewhere(tmp_path, script):
     for place in (here, other):
         (place / "ci").mkdir(parents=True)
         (place / ".ci").mkdir()
-    for name in ("ci/run", "ci/test", "ci/book", ".ci/run", "ci/env.sh"):
+    for name in ("ci/run", "ci/test", "ci/book", ".ci/run", "ci/env.sh", "ci/run_options.py"):
         shutil.copy(REPO / name, here / name)
+    (here / "tpt_nb").symlink_to(REPO / "tpt_nb")  # names the notebooks' parameters
     python = tmp_path / "python"
     python.write_text('#!/bin/sh\necho "at $(pwd -P) with [$CDPATH]"\n')
     python.chmod(0o755)
