@@ -30,6 +30,8 @@ def is_added(cell: NotebookNode) -> bool:
 def normalise(notebook: NotebookNode, replace: Mapping[str, str] | None = None) -> NotebookNode:
     """Make an executed notebook fit to be committed, in place.
 
+    Widgets (progress bars, explorers' controls) go: without a kernel they are a line of noise.
+
     Args:
         notebook: as papermill wrote it.
         replace: texts to replace in outputs, such as the path of the repository; the longest first.
@@ -52,7 +54,8 @@ def normalise(notebook: NotebookNode, replace: Mapping[str, str] | None = None) 
         if cell.source.strip():
             count += 1
             cell.execution_count = count
-        cell.outputs = [tidy(output, count, replace or {}) for output in merge(cell.outputs)]
+        shown = [o for o in merge(cell.outputs) if WIDGET not in o.get("data", {})]
+        cell.outputs = [tidy(output, count, replace or {}) for output in shown]
     return notebook
 
 
@@ -69,7 +72,7 @@ def merge(outputs: list[NotebookNode]) -> list[NotebookNode]:
 
 
 def tidy(output: NotebookNode, count: int, replace: Mapping[str, str]) -> NotebookNode:
-    """An output without widget views, whose ids are random, and without the paths to replace."""
+    """An output without the paths to replace."""
 
     def clean(text: object) -> object:
         if isinstance(text, str):
@@ -80,7 +83,6 @@ def tidy(output: NotebookNode, count: int, replace: Mapping[str, str]) -> Notebo
     if output.output_type == "stream":
         output.text = clean(output.text)
     if "data" in output:
-        output.data.pop(WIDGET, None)
         for kind, text in output.data.items():
             if not kind.startswith("image/"):
                 output.data[kind] = clean(text)

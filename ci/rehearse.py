@@ -6,8 +6,9 @@
 A server on this machine stands for the outside world (``ci/rehearse_world.py``). Each notebook is
 copied into an empty folder; an interpreter without ``tpt_nb`` and an empty home execute it with
 papermill, so that its first cell clones the repository, and the profile "auto" downloads what full
-needs. Half way the process is killed, kernel and all, and started again: finished records must come
-back unchanged, and nothing may be downloaded twice. Four variables make the difference to Colab:
+needs. Half way the process is killed, kernel and all, and started again (once for each notebook):
+finished records must come back unchanged, and nothing may be downloaded twice. Four variables make
+the difference to Colab:
 
 ``TPT_NB_MIRROR``        one address in place of all that downloads come from (core/download.py)
 ``TPT_NB_PRETEND_GPU``   1: the profile is chosen as if there were a GPU (runs/profile.py)
@@ -64,7 +65,7 @@ FEW = {"n_aug": 7, "n_compare": 2, "n_kind": 3}
 KNOWLEDGE = {"descriptions": "{given}/CuPL_prompts_imagenet_adversarial.json"}
 KNOWLEDGE["image_database"] = "{given}/db_embedding/LAION2B_imagenet_adversarial_aux_RN50"
 CASES = [
-    Case("00", ""),
+    Case("00", FULL, {"n": 24, "n_single": 2, "n_aug": 3, "batch": 8, "n_stream": 24}),
     Case("01", FULL, {"n": 6, "shots": 1, "n_train": 8, "epochs": 1}),
     Case("02", "TPT + CoOp against CoOp", {"n": 4, "n_augmix": 2, "n_dev": 2, "n_aug": 7}),
     Case("03", COOP, {"reduced_size": 2, "n_look": 2}),
@@ -258,8 +259,11 @@ def main(argv: list[str] | None = None) -> int:
     cases = [c for c in CASES if c.number in (only or there) & there]
     results = []
 
+    first = {case.number: case for case in reversed(cases)}  # the others differ in what is there
+
     def one(case: Case) -> None:
-        result = rehearse(case, room, python, env, world / "given", not args.no_kill)
+        kill = not args.no_kill and case is first[case.number]
+        result = rehearse(case, room, python, env, world / "given", kill)
         results.append(result)
         text = f"FAILED\n{result['problem']}" if result["problem"] else "as it should"
         minutes = (time.monotonic() - began) / 60
