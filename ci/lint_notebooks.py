@@ -66,7 +66,7 @@ def lint(path: Path, seconds: float | None, sources: set[str]) -> list[str]:
         found = [text for text in found if text not in counts]
         found.append(f"{counts[0]}, and {len(counts) - 1} more: run bash ci/run --in-place")
     found += header(notebook, path.name[:2], seconds)
-    for rule in (order, parameters, lengths, unsaid, unsupported):
+    for rule in (order, parameters, lengths, reused, unsaid, unsupported):
         found += rule(notebook)
     return [*found, *exercises(notebook, path.name[:2]), *links(notebook, path.parent, sources)]
 
@@ -170,6 +170,32 @@ def lengths(notebook: NotebookNode) -> Iterator[str]:
         before, row = row, row + here if here else 0
         if before <= ROW < row:
             yield f"cell {i}: {row} lines of code without a word between"
+
+
+def reused(notebook: NotebookNode) -> Iterator[str]:
+    """Names that the conclusion needs and two cells assign: it may tell the other one's numbers."""
+    trees = [(c.source, tree_of(c)) for c in notebook.cells if c.cell_type == "code"]
+    last = [tree for source, tree in trees if "findings.answers(" in source]
+    asked = {n.id for tree in last for n in ast.walk(tree) if isinstance(n, ast.Name)}
+    own = {name for tree in last for name in top_level_names(tree)}
+    for name in sorted(asked - own):
+        cells = sum(name in top_level_names(tree) for _, tree in trees)
+        if cells > 1:
+            yield f"{name} is used in the conclusion and assigned in {cells} cells: rename one"
+
+
+def tree_of(cell: NotebookNode) -> ast.Module:
+    """A cell's syntax tree, without the lines that IPython alone understands."""
+    magic = ("%", "!")
+    lines = ["pass" if x.lstrip().startswith(magic) else x for x in cell.source.split("\n")]
+    return ast.parse("\n".join(lines))
+
+
+def top_level_names(tree: ast.Module) -> set[str]:
+    """What a cell assigns in any case; what stands below an ``if`` is a choice, not a mistake."""
+    whole = [s for s in tree.body if isinstance(s, ast.Assign | ast.AnnAssign | ast.AugAssign)]
+    names = [n for s in whole for n in ast.walk(s) if isinstance(n, ast.Name)]
+    return {n.id for n in names if isinstance(n.ctx, ast.Store)}
 
 
 def exercises(notebook: NotebookNode, number: str) -> Iterator[str]:

@@ -159,6 +159,12 @@ def swap(i, j):
     return change
 
 
+def used_for_something_else(notebook: nbformat.NotebookNode) -> None:
+    code = [c for c in notebook.cells if c.cell_type == "code"][2:]
+    code[0].source, code[1].source = "best = 1", "best, second = 2, 3\n" + code[1].source
+    code[-1].source = "findings.answers(best)"
+
+
 BROKEN = {
     # what notebook_format.py checks
     "count": (put(4, execution_count=9), "execution count 9, not 3"),
@@ -202,6 +208,7 @@ BROKEN = {
     "long_cell": (replace(4, "1 + 1", lines(21)), "21 lines of code, more than 20"),
     "long_answer": (replace(6, "# END SOLUTION", f"# END SOLUTION\n{lines(30)}"), "more than 30"),
     "row": (much_code_in_a_row, "without a word between"),
+    "reused": (used_for_something_else, "best is used in the conclusion and assigned in 2 cells"),
     "order": (swap(-4, -3), "the last sections are not Limits, Conclusion, References"),
     "licence": (replace(-1, "CC BY 4.0", "free"), "the licences of text and code"),
     "few_exercises": (drop(11, 12), "3 exercises, not 4 to 8"),
