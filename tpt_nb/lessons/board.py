@@ -172,7 +172,7 @@ def too_sure(row: Row) -> str:
     """ "ECE 36, too unsure by 36 points"."""
     over = 100 * row["overconfidence"]
     side = "too sure" if over > 0 else "too unsure"
-    return f"ECE {100 * row['ece']:.0f}, {side} by {abs(over):.0f} points"
+    return f"ECE {100 * row['ece']:.0f}, {side} by {abs(over):.1f} points"
 
 
 def losses(table: Mapping, start: str = "zero_shot") -> list[tuple[tuple, str, str]]:
