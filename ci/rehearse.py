@@ -71,7 +71,7 @@ CASES = [
     Case("03", COOP, {"reduced_size": 2, "n_look": 2}),
     Case("03", 'prompt "a photo of a"', {"reduced_size": 1, "n_look": 1, "coop": ""}, "no CoOp"),
     Case("04", COOP, {"reduced_size": 1, "n_curve": 2, "n_variant": 1, "n_crops": 9}),
-    Case("05", COOP, {"reduced_size": 3, "n_signs": 2, "n_aug": 7, "n_patches": 4, "n_copies": 1}),
+    Case("05", COOP, {"reduced_size": 3, "n_signs": 2, "n_aug": 15, "n_patches": 4, "n_copies": 3}),
     Case("06", "for full this notebook needs 63 pictures", {"n": 4, **FEW}, "auto"),
     Case("06", FULL, {**PICTURES, "n": 3, **FEW}, "pictures made before", MAKE),
     Case("06", FULL, {**FOLDER, "n": 3, **FEW}, "folder of pictures", (DOWNLOAD,)),
