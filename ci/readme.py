@@ -144,7 +144,7 @@ def leaderboard(table: dict) -> str:
     n = " or ".join(f"{x:,}" for x in sorted({r["n"] for r in rows[0]["variants"].values()}))
     settings = sorted({row["settings"] for row in rows})
     text = (
-        f"{n} images per variant, {table['seeds']} seed(s) of the views; intervals of 95 %, "
+        f"{n} images per variant, seeds of the views: {table['seeds']}; intervals of 95 %, "
         f"paired, over the images of {_listed(table['decisive'], short)}; ECE by variant; ms per "
         f"image from encoded features; settings: {' or '.join(settings)} for all variants."
     )

@@ -71,8 +71,8 @@ def about(table: Mapping) -> str:
     encoding = 1000 * max(row["encode_seconds"] for row in ranked)
     here = table["about"]
     lines = [
-        f"{here['model']}, {here['device']}; images: {counts}; {table['seeds']} seed(s) of the "
-        "views",
+        f"{here['model']}, {here['device']}; images: {counts}",
+        f"seeds of the views: {table['seeds']}",
         f"encoding {here['n_aug'] + 1} views: {encoding:.0f} ms per image",
         f"half width of the 95 % interval of an accuracy: {min(halves):.1f} to {max(halves):.1f} "
         "points",
