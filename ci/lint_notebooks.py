@@ -11,6 +11,7 @@ import ast
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -22,6 +23,7 @@ from nbformat import NotebookNode
 from notebook_format import problems
 
 from tpt_nb.course import kinds
+from tpt_nb.course.cells import names_of
 
 REPO = Path(__file__).resolve().parent.parent
 CELL, SETUP, ROW = 20, 8, 60  # lines of code: of any cell, of the setup, without a word between
@@ -173,29 +175,17 @@ def lengths(notebook: NotebookNode) -> Iterator[str]:
 
 
 def reused(notebook: NotebookNode) -> Iterator[str]:
-    """Names that the conclusion needs and two cells assign: it may tell the other one's numbers."""
-    trees = [(c.source, tree_of(c)) for c in notebook.cells if c.cell_type == "code"]
-    last = [tree for source, tree in trees if "findings.answers(" in source]
-    asked = {n.id for tree in last for n in ast.walk(tree) if isinstance(n, ast.Name)}
-    own = {name for tree in last for name in top_level_names(tree)}
-    for name in sorted(asked - own):
-        cells = sum(name in top_level_names(tree) for _, tree in trees)
-        if cells > 1:
-            yield f"{name} is used in the conclusion and assigned in {cells} cells: rename one"
+    """Names that the conclusion needs and two cells assign: it may tell the other one's numbers.
 
-
-def tree_of(cell: NotebookNode) -> ast.Module:
-    """A cell's syntax tree, without the lines that IPython alone understands."""
-    magic = ("%", "!")
-    lines = ["pass" if x.lstrip().startswith(magic) else x for x in cell.source.split("\n")]
-    return ast.parse("\n".join(lines))
-
-
-def top_level_names(tree: ast.Module) -> set[str]:
-    """What a cell assigns in any case; what stands below an ``if`` is a choice, not a mistake."""
-    whole = [s for s in tree.body if isinstance(s, ast.Assign | ast.AnnAssign | ast.AugAssign)]
-    names = [n for s in whole for n in ast.walk(s) if isinstance(n, ast.Name)]
-    return {n.id for n in names if isinstance(n.ctx, ast.Store)}
+    What one of them binds in some branch alone is a choice, not a mistake.
+    """
+    code = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    last = [names_of(source).needs for source in code if "findings.answers(" in source]
+    bound = Counter(name for source in code for name in names_of(source).binds)
+    for name in sorted(set().union(*last)):
+        if bound[name] > 1:
+            times = f"assigned in {bound[name]} cells"
+            yield f"{name} is used in the conclusion and {times}: rename one"
 
 
 def exercises(notebook: NotebookNode, number: str) -> Iterator[str]:

@@ -241,8 +241,16 @@ def test_run_all_passes_an_exercise_without_answer(capsys):
     check.go_on(shell)
     check.go_on(None)  # a script has no shell
     open_ = shell.run_cell('def f():\n    raise NotImplementedError("exercise 02.B")\nf()')
-    assert open_.success and "Exercise 02.b" not in (said := capsys.readouterr().out)
+    assert open_.success
+    said = capsys.readouterr().out
     assert "Exercise 02.B is not answered yet." in said and "Traceback" not in said
+    assert shell.run_cell("a = b = 1\nx, y = 0, f()").success  # it would have bound y
+    assert shell.run_cell("%pwd\nz = y + 1").success and shell.run_cell("w = z").success
+    assert capsys.readouterr().out.count("Exercise 02.B is not answered yet.") == 3
+    assert not shell.run_cell("yy").success  # a mistake of the reader's own is shown
+    assert "NameError" in capsys.readouterr().out
+    shell.run_cell("y, z = 2, a")  # answered meanwhile
+    assert shell.run_cell("assert y + z == 3").success
     bug = shell.run_cell(
         'from tpt_nb.lessons import check\ncheck.symptom("02.B")\ncheck.equal("it", 1, 2)\nx = 5'
     )

@@ -189,6 +189,9 @@ def version(master: Master, kind: str) -> NotebookNode:
             cell.source = question.stub if kind == "student" else question.solution
         cells.append(cell)
     notebook.cells = cells
+    for count, cell in enumerate((c for c in cells if c.get("execution_count")), 1):
+        for part in (cell, *(o for o in cell.outputs if "execution_count" in o)):
+            part.execution_count = count  # no gaps where something was left out
     return notebook
 
 

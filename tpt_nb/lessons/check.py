@@ -6,6 +6,7 @@ holds no expected value, but hands over what the answer gives, and the grader (`
 compares that with what the reference solution gives for the same random numbers (``seed``).
 """
 
+import ast
 import base64
 import os
 import re
@@ -150,8 +151,13 @@ def reveal(question: str, result: str, detail: str = "") -> None:
     print(right)
 
 
+_LOST: dict[str, str] = {}  # name -> the exercise for want of which its cell stopped
+
+
 def go_on(shell) -> None:
     """Let "Run all" pass an exercise without answer: one line in the place of an error.
+
+    The same for a later cell that needs a name which a cell would have bound had it not stopped.
 
     Args:
         shell: IPython's, or None outside of it.
@@ -160,23 +166,31 @@ def go_on(shell) -> None:
         return
 
     def say(shell, kind, error, trace, tb_offset=None) -> None:
-        if _is_open(error):
-            print(f"E{str(error)[1:]} is not answered yet.")
+        if question := _wanted(error):
+            print(f"Exercise {question} is not answered yet.")
         else:
             shell.showtraceback((kind, error, trace), tb_offset=tb_offset)
 
     def forgive(result) -> None:
         _BUGGY.clear()
-        if _is_open(result.error_in_exec):
+        if question := _wanted(result.error_in_exec):
+            tree = ast.parse(shell.transform_cell(result.info.raw_cell))
+            named = [n for n in ast.walk(tree) if isinstance(n, ast.Name)]
+            names = {n.id for n in named if isinstance(n.ctx, ast.Store)}
+            names |= {n.name for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef)}
+            _LOST.update(dict.fromkeys(names - shell.user_ns.keys(), question))
             result.error_in_exec = None  # what makes a front end stop
 
-    shell.set_custom_exc((NotImplementedError,), say)
+    shell.set_custom_exc((NotImplementedError, NameError), say)
     shell.events.register("post_run_cell", forgive)
 
 
-def _is_open(error: BaseException | None) -> bool:
-    stub = re.fullmatch(r"exercise \d\d\.\w+", str(error))
-    return isinstance(error, NotImplementedError) and stub is not None
+def _wanted(error: BaseException | None) -> str:
+    """The open exercise behind an error, such as "02.B"; "" if there is none."""
+    if isinstance(error, NotImplementedError):
+        stub = re.fullmatch(r"exercise (\d\d\.\w+)", str(error))
+        return stub[1] if stub else ""
+    return _LOST.get(error.name, "") if isinstance(error, NameError) else ""
 
 
 def _array(what: str, value) -> np.ndarray:
