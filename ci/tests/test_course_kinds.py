@@ -247,6 +247,9 @@ def test_run_all_passes_an_exercise_without_answer(capsys):
     assert shell.run_cell("a = b = 1\nx, y = 0, f()").success  # it would have bound y
     assert shell.run_cell("%pwd\nz = y + 1").success and shell.run_cell("w = z").success
     assert capsys.readouterr().out.count("Exercise 02.B is not answered yet.") == 3
+    assert shell.run_cell("rows, whole = {}, 7\nfor k in range(3):\n    rows[k] = f()").success
+    assert shell.run_cell("rows[2]").success and shell.run_cell("assert whole == 7").success
+    assert capsys.readouterr().out.count("Exercise 02.B is not answered yet.") == 2
     assert not shell.run_cell("yy").success  # a mistake of the reader's own is shown
     assert "NameError" in capsys.readouterr().out
     shell.run_cell("y, z = 2, a")  # answered meanwhile

@@ -157,7 +157,8 @@ _LOST: dict[str, str] = {}  # name -> the exercise for want of which its cell st
 def go_on(shell) -> None:
     """Let "Run all" pass an exercise without answer: one line in the place of an error.
 
-    The same for a later cell that needs a name which a cell would have bound had it not stopped.
+    The same for a later cell that needs a name which a cell would have bound had it not stopped. A
+    dict or list that such a cell was filling is half full and goes.
 
     Args:
         shell: IPython's, or None outside of it.
@@ -178,6 +179,10 @@ def go_on(shell) -> None:
             named = [n for n in ast.walk(tree) if isinstance(n, ast.Name)]
             names = {n.id for n in named if isinstance(n.ctx, ast.Store)}
             names |= {n.name for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef)}
+            if question not in result.info.raw_cell:  # the exercise's own cell leaves what it has
+                for name in names:
+                    if isinstance(shell.user_ns.get(name), dict | list | set):
+                        del shell.user_ns[name]
             _LOST.update(dict.fromkeys(names - shell.user_ns.keys(), question))
             result.error_in_exec = None  # what makes a front end stop
 
