@@ -8,7 +8,6 @@ behind numbers (lint_findings.py). Part of ``bash ci/test``.
 
 import argparse
 import ast
-import json
 import re
 import sys
 from collections import Counter
@@ -35,71 +34,43 @@ LEVELS = r" · difficulty [●○]{3} · importance [●○]{3} · \d+ minutes$"
 EXERCISE = re.compile(rf"^\*\*Exercise (\d\d\.\w+) · [^*]+\*\*{LEVELS}", re.MULTILINE)
 LINK = re.compile(r"!?\[([^\]]*)\]\(([^()\s]*(?:\([^()\s]*\)[^()\s]*)*)([^)]*)\)")
 ARXIV = re.compile(r"arxiv\.org/abs/(\d{4}\.\d{4,5})", re.IGNORECASE)
-WORDS = {"half a": 0.5, "a": 1, "one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "ten": 10}
-COUNT = "|".join([*sorted(WORDS, key=len, reverse=True), r"\d+(?:\.\d+)?"])
-TIME = re.compile(rf"\b({COUNT})\s+(minute|second)s?\b(\s+and\s+a\s+half)?", re.IGNORECASE)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Print what is wrong with the notebooks; 1 if something is."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("notebooks", nargs="*", type=Path, help="default: all in notebooks/")
-    parser.add_argument("--times", type=Path, help="results.json of bash ci/run: compare minutes")
     args = parser.parse_args(argv)
     paths = args.notebooks or sorted((REPO / "notebooks").glob("[0-9][0-9]_*.ipynb"))
-    ran = json.loads(args.times.read_text())["notebooks"] if args.times else []
-    seconds = {entry["name"]: entry["seconds"] for entry in ran if entry["passed"]}
     bib = (REPO / "notebooks" / "references.bib").read_text(encoding="utf-8")
     sources = set(re.findall(r"^\s*eprint\s*=\s*\{([\d.]+)\}", bib, re.MULTILINE))
-    found = [f"{p.name}: {text}" for p in paths for text in lint(p, seconds.get(p.stem), sources)]
+    found = [f"{p.name}: {text}" for p in paths for text in lint(p, sources)]
     print("\n".join(found) if found else f"{len(paths)} notebooks: nothing to complain about")
     return 1 if found else 0
 
 
-def lint(path: Path, seconds: float | None, sources: set[str]) -> list[str]:
-    """What is wrong with a notebook, one line each.
-
-    ``seconds`` its last run took, if known; ``sources`` are the bibliography's arXiv numbers.
-    """
+def lint(path: Path, sources: set[str]) -> list[str]:
+    """What is wrong with a notebook, a line each; ``sources``: the bibliography's arXiv numbers."""
     notebook = nbformat.read(path, as_version=4)
     found = problems(notebook, path.stat().st_size)
     counts = [text for text in found if ": execution count " in text]
     if len(counts) > 3:  # not executed, or in another order: one line says it
         found = [text for text in found if text not in counts]
         found.append(f"{counts[0]}, and {len(counts) - 1} more: run bash ci/run --in-place")
-    found += header(notebook, path.name[:2], seconds)
+    found += header(notebook, path.name[:2])
     for rule in (order, parameters, lengths, reused, unsaid, unsupported):
         found += rule(notebook)
     return [*found, *exercises(notebook, path.name[:2]), *links(notebook, path.parent, sources)]
 
 
-def header(notebook: NotebookNode, number: str, seconds: float | None = None) -> Iterator[str]:
-    """The title and the minutes."""
+def header(notebook: NotebookNode, number: str) -> Iterator[str]:
+    """The title; the minutes below it are those of ``ci/minutes.py``."""
     titles = len(headings(notebook, 1))
     if titles != 1:
         yield f"{titles} headings of the first level, not one"
     first = notebook.cells[0]
     if first.cell_type != "markdown" or not first.source.startswith(f"# {number} · "):
         yield f"the first cell does not begin with '# {number} · title'"
-        return
-    minutes = minutes_to_run(first.source)
-    if minutes is None:
-        yield "the first cell does not say how long it runs ('runs in about two minutes')"
-    elif seconds is not None and not minutes / 2 <= seconds / 60 <= minutes * 2:
-        yield f"the first cell says {minutes:g} minutes, the last run took {seconds / 60:.1f}"
-    if not re.search(r"\bread", first.source, re.IGNORECASE):
-        yield "the first cell does not say how long it takes to read"
-
-
-def minutes_to_run(text: str) -> float | None:
-    """The minutes in the clause on running, in figures or words; None if there is none."""
-    for clause in re.split(r"[·;]|\.\s", text):
-        if re.search(r"\brun(?:s|ning)?\b", clause, re.IGNORECASE):
-            for number, unit, half in TIME.findall(clause):
-                value = WORDS.get(number.lower()) or float(number)
-                value += 0.5 if half else 0
-                return value if unit.lower() == "minute" else value / 60
-    return None
 
 
 def headings(notebook: NotebookNode, level: int) -> list[str]:

@@ -1,10 +1,10 @@
-"""Minutes of reading and of exercises, and the one-hour path: counted in the notebooks.
+"""Minutes to run, to read and for the exercises, and the one-hour path.
 
-``python ci/minutes.py`` counts and writes into each notebook's first cell the minutes and what it
-has of the one-hour path, into notebook 00 and the README the path, and into the README's table the
-minutes. ``--check`` changes nothing and says what is not as it would be written; ``bash ci/test``
-does that too. The minutes to *run* are typed into the first cell, and ``ci/lint_notebooks.py
---times`` compares them with the last run. What is on the path stands in ``COURSE``.
+``python ci/minutes.py`` writes into each notebook's first cell the minutes and what it has of the
+one-hour path, into notebook 00 and the README the path, and into the README's table the minutes.
+``--check`` changes nothing and says what is not as it would be written; ``bash ci/test`` does that
+too. Reading and exercises are counted; the minutes to *run* are the seconds that ``bash ci/run
+--in-place`` measured and stored in the notebook. What is on the path stands in ``COURSE``.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from nbformat import NotebookNode
 REPO = Path(__file__).resolve().parent.parent
 WORDS, LINE = 170, 4  # words of text in a minute, seconds for a line of code
 ROUND = 5  # minutes of reading are said in steps of so many
-TIMES = re.compile(r"Read: \d+ minutes\. Exercises: \d+ minutes\.\*")
+TIMES = re.compile(r"^\*Run: .*\*$", re.MULTILINE)
 PATH = re.compile(r"\n\n\*One-hour path: .*?\*(?=\n\n|\Z)", re.DOTALL)
 EXERCISE = re.compile(r"^\*\*Exercise .* · (\d+) minutes$", re.MULTILINE)
 SECTION = re.compile(r"^## (?:(\d+)\. )?(.+?)\s*$", re.MULTILINE)
@@ -127,10 +127,11 @@ def first_cell(notebook: NotebookNode, part: Part) -> str:
     Raises ``ValueError`` if it has no line on minutes, or ``COURSE`` does not fit the notebook.
     """
     source, wanted = notebook.cells[0].source, counted(notebook)
-    line = f"Read: {wanted[0]} minutes. Exercises: {wanted[1]} minutes.*"
+    line = f"*Run: about {wanted[0]} minute{'s' * (wanted[0] != '1')} on two CPU cores, no GPU, "
+    line += f"no network. Read: {wanted[1]} minutes. Exercises: {wanted[2]} minutes.*"
     source, found = TIMES.subn(line, PATH.sub("", source))
     if not found:
-        raise ValueError("no '*Run: ... Read: N minutes. Exercises: N minutes.*' in the first cell")
+        raise ValueError("the first cell has no line '*Run: ...*' for its minutes")
     if part.path:
         text = f"{listed(notebook, part.path)}, {on_path(notebook, part)} minutes"
     else:
@@ -139,9 +140,16 @@ def first_cell(notebook: NotebookNode, part: Part) -> str:
     return source.replace(line, f"{line}\n\n{text}", 1)
 
 
-def counted(notebook: NotebookNode) -> tuple[int, int]:
-    """Minutes of reading and of exercises."""
-    return ROUND * max(1, round(reading(notebook.cells) / ROUND)), exercises(notebook)
+def counted(notebook: NotebookNode) -> tuple[str, str, str]:
+    """Minutes to run (in halves), to read and for the exercises.
+
+    Raises ``ValueError`` if the notebook was never executed in place.
+    """
+    seconds = notebook.metadata.get("tpt_nb", {}).get("seconds")
+    if seconds is None:
+        raise ValueError("it has no time to run yet: bash ci/run --in-place measures it")
+    run, read = max(1, round(seconds / 30)) / 2, round(reading(notebook.cells) / ROUND)
+    return f"{run:g}", str(ROUND * max(1, read)), str(exercises(notebook))
 
 
 def hour(notebooks: dict[Path, NotebookNode], course: dict[str, Part]) -> str:
@@ -169,20 +177,9 @@ def readme(text: str, notebooks: dict[Path, NotebookNode], table: str) -> str:
     """The README: the path, and the last three columns of each notebook's row in its table."""
     text = between(text, re.sub(r"\]\((\d\d_)", r"](notebooks/student/\1", table))
     for path, notebook in notebooks.items():
-        run = re.search(r"Run: (.*?) on two CPU cores", notebook.cells[0].source)
-        told = [short(run[1] if run else "?"), *map(str, counted(notebook))]
         row = re.compile(rf"^(\| {path.name[:2]} \|.*?)(?:\| [^|\n]* ){{3}}\|$", re.MULTILINE)
-        text = row.sub(lambda m, told=told: f"{m[1]}| {' | '.join(told)} |", text)
+        text = row.sub(rf"\1| {' | '.join(counted(notebook))} |", text)
     return text
-
-
-def short(words: str) -> str:
-    """ "about two minutes and a half" -> "2.5"."""
-    numbers = {"a": 1, "one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "half": 0.5}
-    found = [numbers[word] for word in re.findall(r"\w+", words.lower()) if word in numbers]
-    if "half" in words:
-        return f"{found[0] + 0.5:g}"
-    return f"{found[0]:g}" if found else re.search(r"[\d.]+|\?", words)[0]
 
 
 def rendered(root: Path, course: dict[str, Part] = COURSE) -> Iterator[tuple[Path, str]]:

@@ -274,11 +274,8 @@ def write_back(executed: Path, path: Path, out: Path, seconds: float) -> None:
     """Replace a notebook by its executed self, made fit to be committed."""
     notebook = nbformat.read(executed, as_version=4)
     normalise(notebook, {str(out): "out", str(REPO): ".", str(Path.home()): "~"})
-    about = notebook.metadata.get("tpt_nb", {})
-    notebook.metadata["tpt_nb"] = {
-        **about,
-        "seconds": round(seconds),
-    }  # for the next one's time left
+    # for the next one's time left, and for the reader (ci/minutes.py)
+    notebook.metadata["tpt_nb"] = notebook.metadata.get("tpt_nb", {}) | {"seconds": round(seconds)}
     temporary = path.with_suffix(".tmp")
     nbformat.write(notebook, temporary)
     os.replace(temporary, path)

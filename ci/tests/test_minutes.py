@@ -13,7 +13,7 @@ sys.path.insert(0, str(REPO / "ci"))
 
 import minutes  # noqa: E402
 
-LINE = "*Run: about two minutes on two CPU cores. Read: 5 minutes. Exercises: 1 minutes.*"
+LINE = "*Run: some time. Read: 5 minutes.*"
 COURSE = {
     "90": minutes.Part(("A start",), ("More",)),
     "91": minutes.Part(skip=("A start",), then="nothing later builds on it"),
@@ -41,6 +41,7 @@ def lesson(number: str, words: int = 850) -> nbformat.NotebookNode:
     code = nbformat.v4.new_code_cell
     hint = "<details><summary>Hint</summary>" + " much" * 900 + "</details>"
     return nbformat.v4.new_notebook(
+        metadata={"tpt_nb": {"seconds": 95}},
         cells=[
             text(f"# {number} · A lesson\n\n{LINE}\n\nA question."),
             text("## 1. A start\n\n" + "word " * words),
@@ -53,7 +54,7 @@ def lesson(number: str, words: int = 850) -> nbformat.NotebookNode:
             code("z = 1\n" * 300, metadata={"tpt": {"q": "90.1", "hidden": True}}),
             text("**Exercise 90.2 · two** · difficulty ●○○ · importance ●●○ · 5 minutes"),
             text("## References\n\n" + "paper " * 900),
-        ]
+        ],
     )
 
 
@@ -87,7 +88,10 @@ def test_reading_counts_text_and_code_without_hints_exercises_and_references():
 
 def test_the_first_cell_gets_the_minutes_and_its_part_of_the_path(written):
     source = first(written, "90_a.ipynb")
-    assert "Run: about two minutes on two CPU cores. Read: 5 minutes. Exercises: 20 min" in source
+    assert (
+        "Run: about 1.5 minutes on two CPU cores, no GPU, no network. Read: 5 minutes. Exercises: 20"
+        in source
+    )
     assert "*One-hour path: section 1, 7 minutes. May be skipped: section 2.*" in source
     assert source.endswith("A question.")
     other = first(written, "91_b.ipynb")
@@ -96,7 +100,7 @@ def test_the_first_cell_gets_the_minutes_and_its_part_of_the_path(written):
 
 def test_the_readme_gets_the_path_and_three_columns(written):
     page = (written / "README.md").read_text()
-    assert "| 90 | [First](notebooks/90_a.ipynb) | a thing | 2 | 5 | 20 |" in page
+    assert "| 90 | [First](notebooks/90_a.ipynb) | a thing | 1.5 | 5 | 20 |" in page
     assert "| [90](notebooks/student/90_a.ipynb) | 1 A start | 7 |" in page and "old" not in page
     assert "| | in all | 7 |" in page and page.endswith("After the table.\n")
 
@@ -109,6 +113,8 @@ def test_a_second_time_nothing_changes(written, capsys):
 @pytest.mark.parametrize(
     ("name", "old", "new"),
     [
+        ("90_a.ipynb", "about 1.5", "about 0.5"),
+        ("90_a.ipynb", '"seconds": 95', '"seconds": 300'),
         ("90_a.ipynb", "Exercises: 20", "Exercises: 25"),
         ("90_a.ipynb", "15 minutes", "10 minutes"),
         ("91_b.ipynb", "Read: 5", "Read: 15"),
@@ -132,19 +138,15 @@ def test_a_section_that_is_gone_is_named(written, capsys):
     assert "'A start'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("words", "number"),
-    [
-        ("about two minutes and a half", "2.5"),
-        ("about a minute", "1"),
-        ("about a minute and a half", "1.5"),
-        ("under three minutes", "3"),
-        ("about 2.5 minutes", "2.5"),
-        ("?", "?"),
-    ],
-)
-def test_minutes_in_words(words, number):
-    assert minutes.short(words) == number
+def test_a_notebook_without_its_line_or_its_time_is_named(written, capsys):
+    path = written / "notebooks" / "90_a.ipynb"
+    text = path.read_text()
+    path.write_text(text.replace("*Run: about", "*About"))
+    assert minutes.main(["--root", str(written), "--check"]) == 2
+    assert "90_a.ipynb: the first cell has no line '*Run: ...*'" in capsys.readouterr().err
+    path.write_text(text.replace('"seconds": 95', '"other": 95'))
+    assert minutes.main(["--root", str(written), "--check"]) == 2
+    assert "90_a.ipynb: it has no time to run yet" in capsys.readouterr().err
 
 
 def test_the_path_of_this_course_takes_an_hour_and_its_sections_are_there():
