@@ -23,6 +23,7 @@ import nbformat
 import psutil
 from badges import students
 from notebook_format import is_added, normalise
+from ran import fingerprint
 from run_options import REPO, Mistake, arguments, as_text, choose_parameters, find
 from run_report import (
     Result,
@@ -121,6 +122,7 @@ class Running:
     process: subprocess.Popen
     target: Path
     log: Path
+    of: str  # the fingerprint of what it is executed from
     began: float = field(default_factory=time.perf_counter)
     seen: object = None  # what its progress is told from, and since when that is so
     since: float = 0.0
@@ -185,7 +187,8 @@ def start(notebook: Notebook, out: Path, jobs: int) -> Running:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=env
         )
-    return Running(notebook, process, target, log_path, since=time.perf_counter())
+    of = "" if set(notebook.params) - {"out_dir"} else fingerprint(path)
+    return Running(notebook, process, target, log_path, of, since=time.perf_counter())
 
 
 def not_moving(job: Running, out: Path, patience: float) -> bool:
@@ -217,7 +220,7 @@ def finish(job: Running, patience: float | None) -> Result:
         error = f"this environment has no Jupyter kernel named python3: {install}"
     if patience and (not error or "papermill ended" in error):  # and no cell says why
         error = f"no progress for {patience:g} s"
-    return Result(job.notebook.path.stem, not error, round(seconds, 1), cell, error)
+    return Result(job.notebook.path.stem, not error, round(seconds, 1), cell, error, job.of)
 
 
 def end(process: subprocess.Popen) -> None:

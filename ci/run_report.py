@@ -26,13 +26,18 @@ th, td { border-bottom: 1px solid #ccc; padding: .3em .8em; text-align: left }""
 
 @dataclass
 class Result:
-    """How one notebook went; ``cell`` and ``error`` are empty if it passed."""
+    """How one notebook went; ``cell`` and ``error`` are empty if it passed.
+
+    ``of`` is the fingerprint of what it was executed from (``ci/ran.py``), empty for parameters
+    that are not its own.
+    """
 
     name: str
     passed: bool
     seconds: float
     cell: str = ""
     error: str = ""
+    of: str = ""
 
 
 def to_html(path: Path) -> None:

@@ -14,6 +14,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
 REPO = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPO / "ci"))
+import ran  # noqa: E402
 from notebook_format import normalise, problems  # noqa: E402
 from run_notebooks import Notebook, Running, finish, verdict  # noqa: E402
 from run_options import as_text  # noqa: E402
@@ -118,6 +119,7 @@ def test_out_has_pages_logs_and_results(everything):
     report = json.loads((out / "results.json").read_text())
     assert [entry["name"] for entry in report["notebooks"]] == list(NOTEBOOKS)
     assert [entry["passed"] for entry in report["notebooks"]] == [True] + 4 * [False] + [True]
+    assert not any(entry["of"] for entry in report["notebooks"])  # with a parameter of ours
     assert "http-equiv" not in index  # nothing more to come
     (run,) = report["runs"]
     assert run["notebook"] == "01_fine" and run["accuracy_after"] == 0.35
@@ -173,6 +175,7 @@ def test_in_place_leaves_a_notebook_fit_to_commit(folder, tmp_path):
     assert process.returncode == 0, process.stdout + process.stderr
     notebook = nbformat.read(source, as_version=4)
     assert problems(notebook) == []
+    assert ran.executed(source, out) is not None  # bash ci/test would not execute it again
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert [cell.source for cell in code] == [PARAMETERS, *NOTEBOOKS["01_fine"]]
     assert [cell.execution_count for cell in code] == [1, 2, None, 3, 4, 5]
@@ -246,7 +249,7 @@ def test_a_kernel_that_is_not_there_is_said_in_words(folder, tmp_path):
     log.write_text("jupyter_client.kernelspec.NoSuchKernel: No such kernel named python3")
     ended = SimpleNamespace(poll=lambda: 1, wait=lambda: 1)
     notebook = Notebook(folder / "01_fine.ipynb", {})
-    result = finish(Running(notebook, ended, tmp_path / "none.ipynb", log), None)
+    result = finish(Running(notebook, ended, tmp_path / "none.ipynb", log, ""), None)
     assert not result.passed and "ipykernel install --sys-prefix" in result.error
 
 
