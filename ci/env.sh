@@ -102,6 +102,7 @@ fi
 CORES=$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 1)
 ! command -v nproc >/dev/null || CORES=$(env -u OMP_NUM_THREADS nproc) # knows which of them are ours
 
+unset PYTHONDONTWRITEBYTECODE     # images set it; each kernel would then compile all it imports: 15 s
 unset MPLBACKEND                  # that of a calling notebook would reach the kernels
 export TQDM_DISABLE=1             # progress bars fill logs and stored outputs
 export TPT_NB_HEADLESS=1          # static figures in place of widgets, whose state must not be stored
