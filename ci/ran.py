@@ -8,9 +8,10 @@ for which notebooks that is so.
 
 import hashlib
 import json
+import re
 import sys
 from functools import cache
-from importlib.metadata import distributions
+from importlib.metadata import distributions, version
 from pathlib import Path
 
 import nbformat
@@ -24,7 +25,7 @@ USED = ("tpt_nb", "data", "notebooks/sweeps", "notebooks/references.bib")  # by 
 
 
 def fingerprint(path: Path) -> str:
-    """Of a notebook's code, of the package, the data and the installed versions."""
+    """Of a notebook's code, of the package and the data, and of what requirements.txt installs."""
     return hashlib.sha256("\0".join([_surroundings(), *sources(path)]).encode()).hexdigest()
 
 
@@ -40,7 +41,9 @@ def _code(path: Path) -> list[NotebookNode]:
 
 @cache
 def _surroundings() -> str:
-    versions = sorted(f"{each.name} {each.version}" for each in distributions())
+    # not of all that is installed: ci/test adds what only tests need
+    names = re.findall(r"^[\w.-]+", (REPO / "requirements.txt").read_text(), re.MULTILINE)
+    versions = [f"{name} {version(name)}" for name in names if list(distributions(name=name))]
     hashed = hashlib.sha256("\n".join([sys.version, *versions]).encode())
     for name in USED:
         below = [REPO / name, *(REPO / name).rglob("*")]

@@ -35,6 +35,7 @@ def root(tmp_path, monkeypatch):
     (tmp_path / "tpt_nb" / "rooms" / "a.py").write_text("x = 1")
     (tmp_path / "data" / "b.bin").write_bytes(b"\0")
     shutil.copy(REPO / "notebooks" / "conftest.py", tmp_path / "notebooks")
+    (tmp_path / "requirements.txt").write_text("# a list\ntorch>=2\nno-such-package\n")
     monkeypatch.setattr(ran, "REPO", tmp_path)
     monkeypatch.setattr(ran, "OUT", tmp_path / "out")
     ran._surroundings.cache_clear()
@@ -93,8 +94,12 @@ def test_anything_that_differs_is_executed_again(root, name):
     assert not there(root)
 
 
-def test_another_version_of_a_package_counts(root, monkeypatch):
-    monkeypatch.setattr(ran, "distributions", lambda: [])
+def test_another_version_of_what_is_required_counts_and_of_nothing_else(root, monkeypatch):
+    """bash ci/test installs more than bash ci/run: pytest, ruff ..."""
+    versions = {"torch": ran.version("torch"), "pytest": "0.0"}
+    monkeypatch.setattr(ran, "version", versions.__getitem__)
+    assert there(root)
+    versions["torch"] = "0.0"
     assert not there(root)
 
 
