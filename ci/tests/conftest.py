@@ -14,6 +14,16 @@ os.environ["TPT_NB_DOWNLOAD"] = "0"  # no test reaches for the net
 
 
 @pytest.fixture(autouse=True)
+def own_settings():
+    """What a test, or what it calls, sets in the environment is not there for the next file."""
+    before = {name: value for name, value in os.environ.items() if name.startswith("TPT_NB_")}
+    yield
+    for name in [name for name in os.environ if name.startswith("TPT_NB_")]:
+        del os.environ[name]
+    os.environ.update(before)
+
+
+@pytest.fixture(autouse=True)
 def no_open_figures():
     """Figures that a test leaves open would fail the tests that count them."""
     yield

@@ -350,8 +350,6 @@ def test_drive_keeps_archives_features_and_results(plain, tmp_path, capsys):
     assert (tmp_path / "clone" / "out").is_symlink()
     (tmp_path / "clone" / "out" / "records.jsonl").write_text("{}")
     assert (drive / "tpt_nb" / "out" / "records.jsonl").read_text() == "{}"
-    for name in ("TPT_NB_ARCHIVES", "TPT_NB_CACHE", "TPT_NB_DATASETS"):
-        plain.delenv(name)
 
 
 def test_drive_takes_over_an_out_that_is_there(plain, tmp_path, capsys):
@@ -370,8 +368,6 @@ def test_drive_takes_over_an_out_that_is_there(plain, tmp_path, capsys):
     assert (there / "b" / "records.jsonl").read_text() == "1\n2\n3\n"
     (kept,) = clone.glob("out-before-drive-*")
     assert (kept / "runs" / "b" / "records.jsonl").read_text() == "1\n"
-    for name in ("TPT_NB_ARCHIVES", "TPT_NB_CACHE", "TPT_NB_DATASETS"):
-        plain.delenv(name, raising=False)
 
 
 def test_a_refused_mount_is_said_and_the_notebook_goes_on(plain, tmp_path, capsys):
