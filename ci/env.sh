@@ -44,9 +44,9 @@ install() {
     index=${PIP_INDEX_URL:-$(.venv/bin/python -m pip config get global.index-url 2>/dev/null || true)}
     [ -z "$index" ] || export UV_DEFAULT_INDEX=${UV_DEFAULT_INDEX:-$index}
   fi
-  [ "$UV" = none ] || ! "$UV" pip install --python .venv/bin/python $quiet "$@" 2>/dev/null || return 0
+  [ "$UV" = none ] || ! "$UV" pip install --python .venv/bin/python ${quiet:-} "$@" 2>/dev/null || return 0
   # not compiled: Python does it for what is imported, and most of these files never are
-  .venv/bin/python -m pip install $quiet --no-compile "$@"
+  .venv/bin/python -m pip install ${quiet:-} --no-compile "$@"
 }
 
 # Without a GPU the torch that comes without CUDA will do: 0.7 GB on the disk in place of 4.5. It lies
