@@ -1,5 +1,6 @@
 """What a start loads and what it does not; MiniCLIP from torch alone; groups in threads."""
 
+import inspect
 import json
 import subprocess
 import sys
@@ -58,8 +59,10 @@ def test_help_imports_no_torch():
 def test_a_run_of_the_embedded_model_loads_torch_and_little_else(tmp_path):
     after_run, after_first_cell, tokens = printed(RUN, str(tmp_path))
     assert "torch" in after_run
-    assert sorted(HEAVY & set(after_run)) == []
-    assert sorted(HEAVY & set(after_first_cell)) == ["matplotlib"]
+    # the lowest torch imports its compiler when anybody calls vmap
+    theirs = {"torch._dynamo"} if "from torch._dynamo" in inspect.getsource(torch.vmap) else set()
+    assert sorted((HEAVY - theirs) & set(after_run)) == []
+    assert sorted((HEAVY - theirs) & set(after_first_cell)) == ["matplotlib"]
     # and the tokenizer without the rest of open_clip is the one with it
     assert tokens == open_clip.tokenize(["A Zebra, isn't it?", "x" * 300]).tolist()
     assert torch.equal(simple_tokenizer()(["a fox"]), open_clip.tokenize(["a fox"]))
