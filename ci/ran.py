@@ -10,7 +10,6 @@ import hashlib
 import json
 import re
 import sys
-from functools import cache
 from importlib.metadata import distributions, version
 from pathlib import Path
 
@@ -39,7 +38,6 @@ def _code(path: Path) -> list[NotebookNode]:
     return [cell for cell in cells if cell.cell_type == "code" and not is_added(cell)]
 
 
-@cache
 def _surroundings() -> str:
     # not of all that is installed: ci/test adds what only tests need
     names = re.findall(r"^[\w.-]+", (REPO / "requirements.txt").read_text(), re.MULTILINE)
@@ -65,7 +63,7 @@ def executed(path: Path, out: Path | None = None) -> list[NotebookNode] | None:
         if entry["passed"] and entry["of"] and entry["of"] == fingerprint(path):
             cells = _code(out / path.name)
             return cells if [cell.source for cell in cells] == sources(path) else None
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         pass  # nothing there, or of an older kind
     return None
 

@@ -182,12 +182,12 @@ def start(notebook: Notebook, out: Path, jobs: int) -> Running:
     env = os.environ | {"TPT_NB_BY": path.stem}  # the engine notes it in the runs' summaries
     if not os.path.exists("/dev/nvidiactl"):
         env = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"} | env
+    of = "" if set(notebook.params) - {"out_dir"} else fingerprint(path)
     log_path = out / "logs" / f"{path.stem}.log"
     with open(log_path, "wb") as log:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=env
         )
-    of = "" if set(notebook.params) - {"out_dir"} else fingerprint(path)
     return Running(notebook, process, target, log_path, of, since=time.perf_counter())
 
 
@@ -220,7 +220,8 @@ def finish(job: Running, patience: float | None) -> Result:
         error = f"this environment has no Jupyter kernel named python3: {install}"
     if patience and (not error or "papermill ended" in error):  # and no cell says why
         error = f"no progress for {patience:g} s"
-    return Result(job.notebook.path.stem, not error, round(seconds, 1), cell, error, job.of)
+    of = job.of if job.of and job.of == fingerprint(job.notebook.path) else ""  # not edited since
+    return Result(job.notebook.path.stem, not error, round(seconds, 1), cell, error, of)
 
 
 def end(process: subprocess.Popen) -> None:

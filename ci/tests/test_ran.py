@@ -38,13 +38,11 @@ def root(tmp_path, monkeypatch):
     (tmp_path / "requirements.txt").write_text("# a list\ntorch>=2\nno-such-package\n")
     monkeypatch.setattr(ran, "REPO", tmp_path)
     monkeypatch.setattr(ran, "OUT", tmp_path / "out")
-    ran._surroundings.cache_clear()
     path = tmp_path / "notebooks" / "01_a.ipynb"
     nbformat.write(notebook(), path)
     nbformat.write(notebook(), tmp_path / "out" / "01_a.ipynb")
     report(tmp_path, of=ran.fingerprint(path))
-    yield tmp_path
-    ran._surroundings.cache_clear()
+    return tmp_path
 
 
 def report(root: Path, **values) -> None:
@@ -53,7 +51,6 @@ def report(root: Path, **values) -> None:
 
 
 def there(root: Path) -> bool:
-    ran._surroundings.cache_clear()
     return ran.executed(root / "notebooks" / "01_a.ipynb") is not None
 
 
@@ -80,6 +77,7 @@ CHANGES = {
     "own_parameters": report,
     "older_report": edit("out/results.json", '{"notebooks": [{"name": "01_a", "passed": true}]}'),
     "damaged_report": edit("out/results.json", "{"),
+    "other_report": edit("out/results.json", "[]"),
     "no_report": lambda root: (root / "out/results.json").unlink(),
     "no_output": lambda root: (root / "out/01_a.ipynb").unlink(),
     "other_output": lambda root: nbformat.write(
