@@ -192,10 +192,10 @@ def test_a_place_is_found_without_walking_through_images(tmp_path):
     """Missing data is said at once, also beside a thousand class folders."""
     for synset in RANK:
         (tmp_path / "imagenet" / "val" / synset).mkdir(parents=True)
-    start = time.perf_counter()
+    start = time.process_time()  # not that of other work on the machine
     with pytest.raises(FileNotFoundError):
         datasets.load("imagenet-c/fog/3", root=tmp_path)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
 
 
 def test_archives_have_all_that_is_made_here():

@@ -260,16 +260,24 @@ def test_make_augmenter():
         make_augmenter("random", 64, overlap=0.5)
 
 
-def test_views_are_fast():
-    """64 views of 64 px from 224 px cost little beside their encoding (under 150 ms). The best of
-    several runs, with room for a busy machine."""
+def test_views_are_fast(mini):
+    """64 views of 64 px from 224 px cost at most 0.3 of their encoding, which takes most of stage 1.
+
+    Processor seconds, the least of several: other work on the machine changes both alike.
+    """
     image, augmenter = picture(224, 224), RandomViews(size=64)
-    times = []
-    for seed in range(8):
-        start = time.perf_counter()
-        augmenter(image, seed)
-        times.append(time.perf_counter() - start)
-    assert min(times) < 0.05, f"{min(times) * 1e3:.1f} ms"
+
+    def seconds(work) -> float:
+        times = []
+        for _ in range(6):
+            start = time.process_time()
+            work()
+            times.append(time.process_time() - start)
+        return min(times)
+
+    made = augmenter(image, 0)
+    share = seconds(lambda: augmenter(image, 0)) / seconds(lambda: mini.encode_views(made))
+    assert share < 0.3, f"making the views costs {share:.2f} of encoding them"
     assert views_module.RandomViews().n_views == 64
 
 
