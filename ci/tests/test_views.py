@@ -261,7 +261,7 @@ def test_make_augmenter():
 
 
 def test_views_are_fast(mini):
-    """64 views of 64 px from 224 px cost at most 0.3 of their encoding, which takes most of stage 1.
+    """64 views of 64 px from 224 px cost at most 0.3 of encoding them, the larger part of stage 1.
 
     Processor seconds, the least of several: other work on the machine changes both alike.
     """
