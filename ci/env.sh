@@ -83,6 +83,11 @@ lowest_versions() {
   PYTHON=$PWD/.venv/lowest/bin/python
 }
 
+# limit SECONDS COMMAND...: end a command that hangs (exit code 124), where the system can
+limit() {
+  if command -v timeout >/dev/null; then timeout -k 30 "$@"; else shift && "$@"; fi
+}
+
 export PIP_DISABLE_PIP_VERSION_CHECK=1
 if [ -n "${TPT_NB_PYTHON:-}" ]; then
   PYTHON=$TPT_NB_PYTHON
